@@ -1,0 +1,197 @@
+"""Artifacts: immutable folders addressed by the hash of what made them.
+
+An artifact stands in `artifacts/<first 2 digits>/<key>/`, with `manifest.json` beside its files: their sizes and
+SHA-256, and the material of the key. The folder is finished elsewhere and renamed into place, so it exists whole or not
+at all. Where an artifact is used its sizes are compared, and its checksums unless the file is the very one that was
+checked before (same inode, size and time of change): cheap for a folder of gigabytes, and no flipped byte goes unseen.
+A damaged artifact is moved to `quarantine/` and made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import CorruptArtifact
+from layerwise.results.durable import make_folder, publish_folder, replace_file
+
+MANIFEST = "manifest.json"
+CHUNK = 1 << 20
+
+
+def canonical(document: Any) -> bytes:
+    """One spelling for equal JSON documents."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def digest_of(document: Any) -> str:
+    """SHA-256 of a JSON document, 64 hex digits."""
+    return hashlib.sha256(canonical(document)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stage's output.
+
+    Args:
+        key: the hash of what made it.
+        folder: where it stands.
+        digest: the hash of what is in it; two keys may give the same.
+        material: what the key was made from.
+    """
+
+    key: str
+    folder: Path
+    digest: str
+    material: Mapping[str, Any]
+
+
+class ArtifactStore:
+    """The artifacts of a results folder.
+
+    Args:
+        root: the results folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.tmp = root / "tmp"
+        self.digests = FileDigests(root)
+
+    def folder(self, key: str) -> Path:
+        """Where the artifact of a key stands, or would."""
+        return self.root / "artifacts" / key[:2] / key
+
+    def work(self, key: str) -> Path:
+        """Where an unfinished artifact keeps its finished items."""
+        return self.root / "work" / key
+
+    def find(self, key: str) -> Artifact | None:
+        """The artifact of a key, checked; None if there is none.
+
+        Raises:
+            CorruptArtifact: a file is missing, cut short or changed.
+        """
+        folder = self.folder(key)
+        if not folder.is_dir():
+            return None
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            files: dict[str, dict[str, Any]] = manifest["files"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CorruptArtifact(f"{folder / MANIFEST} cannot be read: {error}") from error
+        for name, recorded in files.items():
+            self._check(folder / name, recorded)
+        return Artifact(key, folder, digest_of(files), manifest["material"])
+
+    def _check(self, path: Path, recorded: Mapping[str, Any]) -> None:
+        if not path.is_file():
+            raise CorruptArtifact(f"{path} is missing")
+        size = path.stat().st_size
+        if size != recorded["size"]:
+            raise CorruptArtifact(f"{path} has {size:,} bytes, {recorded['size']:,} were written")
+        if self.digests.sha256(path) != recorded["sha256"]:
+            raise CorruptArtifact(f"{path} is not what was written: its checksum differs")
+
+    def publish(self, key: str, folder: Path, material: Mapping[str, Any]) -> Artifact:
+        """Make a finished folder the artifact of a key; if somebody else was first, theirs stays.
+
+        Raises:
+            DiskFull: the file system took no more.
+        """
+        files = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            path.chmod(0o444)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": self.digests.sha256(path)}
+        manifest = {"key": key, "files": files, "material": material}
+        replace_file(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode(), self.tmp)
+        publish_folder(folder, self.folder(key))
+        self.digests.save()
+        return Artifact(key, self.folder(key), digest_of(files), material)
+
+    def quarantine(self, key: str) -> Path:
+        """Move a damaged artifact out of the way; says where to."""
+        target = self.root / "quarantine" / f"{key}-{secrets.token_hex(4)}"
+        make_folder(target.parent)
+        self.folder(key).rename(target)
+        return target
+
+    @contextmanager
+    def claim(self, key: str, waiting: Callable[[int | None], None]) -> Iterator[None]:
+        """Hold the right to make the artifact of a key; look for the artifact only then.
+
+        Args:
+            key: the artifact's.
+            waiting: called once, with the process id of the holder, before waiting for it.
+        """
+        with locked(self.root / "claims" / key, waiting):
+            yield
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[int | None], None]) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the kernel takes it back if this process dies.
+
+    Args:
+        path: the lock file, made if missing; it holds the process id of the holder.
+        waiting: called once, with that id if it can be read, before waiting for another process.
+    """
+    make_folder(path.parent)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            waiting(int(holder) if holder.isdigit() else None)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+class FileDigests:
+    """SHA-256 of files, remembered as long as their inode, size and time of change stay.
+
+    Args:
+        root: the results folder; the memory is a file in it, and losing it costs only time.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.file, self.tmp = root / "digests.json", root / "tmp"
+        self._fresh = False
+        try:
+            self._known: dict[str, list[Any]] = json.loads(self.file.read_bytes())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def sha256(self, path: Path) -> str:
+        """64 hex digits."""
+        stat = path.stat()
+        identity = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        place = f"{stat.st_dev}:{stat.st_ino}"
+        known = self._known.get(place)
+        if known is not None and known[:4] == identity:
+            return str(known[4])
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._known[place] = [*identity, digest]
+        self._fresh = True
+        return digest
+
+    def save(self) -> None:
+        """Keep the memory for the next process."""
+        if self._fresh:
+            replace_file(self.file, json.dumps(self._known).encode(), self.tmp)
+            self._fresh = False

@@ -1,0 +1,261 @@
+"""The command line: one thin function per command, no logic that a library user could miss.
+
+stdout carries the answer, stderr the story. Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layerwise.pipeline.workflow import Workflow
+    from layerwise.results.store import Store
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Spend a compression budget layer by layer.",
+)
+
+STOPPED = 3
+"""Exit code of a run that was interrupted and can go on."""
+
+
+class Format(str, Enum):
+    """How a table is printed."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+    markdown = "markdown"
+
+
+class Drawing(str, Enum):
+    """How a graph is drawn."""
+
+    text = "text"
+    mermaid = "mermaid"
+
+
+File = Annotated[Path, typer.Argument(metavar="WORKFLOW", help="workflow file (YAML)")]
+ParamOption = Annotated[
+    list[str] | None, typer.Option("-p", "--param", metavar="NAME=VALUE", help="set a declared parameter")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("-s", "--set", metavar="PATH=VALUE", help="set any key, e.g. stages.search.with.seed=1")
+]
+ProfileOption = Annotated[str | None, typer.Option("--profile", help="lay a block of `profiles:` over the file")]
+ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="results folder")]
+FormatOption = Annotated[Format, typer.Option("--format", help="how to print the table")]
+RESULTS = Path("layerwise-results")
+
+
+@app.command()
+def run(
+    workflow: File,
+    param: ParamOption = None,
+    set_: SetOption = None,
+    profile: ProfileOption = None,
+    results: ResultsOption = RESULTS,
+    executor: Annotated[str, typer.Option(help="where the work runs: ray or inline")] = "ray",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what is cached and what would run")] = False,
+) -> None:
+    """Run a workflow; what is done already is not done again."""
+    from layerwise.pipeline.display import open_display
+    from layerwise.pipeline.run import Run
+
+    prepared = Run(_load(workflow, param, set_, profile), results, open_display())
+    if dry_run:
+        for plan in prepared.plan():
+            state = "cached" if plan.artifact else f"would run ({plan.reason})"
+            print(f"{plan.call.id}: {state}")
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        prepared.execute(executor, sys.argv)
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: {_again()}", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    except Exception:
+        print(f"after mending it, go on with: {_again()}", file=sys.stderr)
+        raise
+    _print_outcome(prepared.store, prepared.id)
+
+
+@app.command()
+def validate(
+    workflow: File,
+    param: ParamOption = None,
+    set_: SetOption = None,
+    profile: ProfileOption = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="print the file with every default filled in")] = False,
+) -> None:
+    """Check a workflow file without running it."""
+    loaded = _load(workflow, param, set_, profile)
+    if resolved:
+        from layerwise.pipeline.yaml12 import dump
+
+        print(dump(loaded.resolved()), end="")
+    else:
+        print(f"{workflow}: {len(loaded.calls)} stages, no errors")
+
+
+@app.command()
+def schema(
+    stage: Annotated[str | None, typer.Option(help="only the parameters of this stage")] = None,
+) -> None:
+    """Print the JSON Schema of workflow files, for editors."""
+    import json
+
+    from layerwise.pipeline.schema import workflow_schema
+
+    print(json.dumps(workflow_schema(stage), indent=2))
+
+
+@app.command()
+def graph(
+    workflow: File,
+    param: ParamOption = None,
+    set_: SetOption = None,
+    profile: ProfileOption = None,
+    format_: Annotated[Drawing, typer.Option("--format", help="text or mermaid")] = Drawing.text,
+) -> None:
+    """Draw the stages of a workflow and what flows between them."""
+    from layerwise.pipeline.graph import draw_mermaid, draw_text
+
+    loaded = _load(workflow, param, set_, profile)
+    print((draw_text if format_ is Drawing.text else draw_mermaid)(loaded), end="")
+
+
+@app.command()
+def runs(results: ResultsOption = RESULTS, format_: FormatOption = Format.table) -> None:
+    """List the runs of a results folder, the newest first."""
+    from layerwise.results.runs import runs_table
+
+    _print_table(runs_table(_open(results)), format_)
+
+
+@app.command()
+def frontier(
+    run: Annotated[str | None, typer.Argument(help="a run, or the start of its id; the newest if left out")] = None,
+    over: Annotated[str, typer.Option(help="bits, effective_bits or bytes")] = "bits",
+    loss: Annotated[str, typer.Option(help="heldout_kl, heldout_perplexity or kl")] = "heldout_kl",
+    stage: Annotated[str | None, typer.Option(help="only allocations of this stage")] = None,
+    solver: Annotated[str | None, typer.Option(help="only allocations of this solver")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="also allocations that another one beats")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw it into a PNG, PDF or SVG")] = None,
+    results: ResultsOption = RESULTS,
+    format_: FormatOption = Format.table,
+) -> None:
+    """Print the Pareto frontier of a run."""
+    from layerwise.results.frontier import dense_losses, frontier_table
+
+    store = _open(results)
+    options: dict[str, Any] = {"over": over, "loss": loss, "stage": stage, "solver": solver}
+    if plot is not None:
+        from layerwise.results.plot import plot_frontier
+
+        everything = frontier_table(store, run, dominated=True, **options)
+        plot_frontier(everything, plot, over=over, loss=loss, dense=dense_losses(store, run))
+        print(f"wrote {plot}", file=sys.stderr)
+    _print_table(frontier_table(store, run, dominated=all_, **options), format_)
+
+
+@app.command()
+def show(
+    allocation: Annotated[str, typer.Argument(help="a candidate, or the start of its id, as `frontier` prints it")],
+    results: ResultsOption = RESULTS,
+    format_: FormatOption = Format.table,
+) -> None:
+    """Print one allocation: the level of every unit."""
+    from layerwise.results.runs import show_allocation
+
+    details = show_allocation(_open(results), allocation)
+    if format_ in (Format.table, Format.markdown):
+        from layerwise.results.format import format_value
+
+        for name, value in details.summary.items():
+            print(f"{name}: {format_value(value)}")
+        print()
+    _print_table(details.units, format_)
+    if format_ in (Format.table, Format.markdown) and len(details.metrics):
+        print()
+        _print_table(details.metrics, format_)
+
+
+def main() -> None:
+    """Entry point: turns what a user can mend into a message and an exit code."""
+    from layerwise.errors import LayerwiseError
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app()
+    except LayerwiseError as error:
+        _fail(f"error: {error}", error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `layerwise frontier | head` is no error
+        sys.exit(0)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _again() -> str:
+    return shlex.join(["layerwise", *sys.argv[1:]])
+
+
+def _load(path: Path, param: list[str] | None, sets: list[str] | None, profile: str | None) -> Workflow:
+    from layerwise.errors import UsageError
+    from layerwise.pipeline.workflow import load_workflow
+
+    params = {}
+    for text in param or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"-p {text}: expected NAME=VALUE")
+        params[name] = value
+    return load_workflow(path, params=params, sets=sets or [], profile=profile)
+
+
+def _open(results: Path) -> Store:
+    from layerwise.results.store import Store
+
+    return Store.open(results)
+
+
+def _print_table(frame: pd.DataFrame, format_: Format) -> None:
+    from layerwise.results.format import format_table
+
+    print(format_table(frame, format_.value), end="")
+
+
+def _print_outcome(store: Store, run: str) -> None:
+    """What a finished run is for: its frontier, and where its checkpoints are."""
+    from layerwise.results.frontier import frontier_table
+    from layerwise.results.runs import latest_stages
+
+    stages = latest_stages(store, run)
+    if any(row["uses"] == "allocate" for row in stages.values()):
+        _print_table(frontier_table(store, run), Format.table)
+    for stage, row in stages.items():
+        if row["uses"] == "export":
+            print(f"{stage}: {store.root / 'runs' / run / 'stages' / stage}", file=sys.stderr)

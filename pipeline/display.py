@@ -1,0 +1,181 @@
+"""Shows a run while it runs: a live table on a terminal, plain lines everywhere else.
+
+Everything goes to stderr; stdout belongs to the answer.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a long stage says how far it is when there is no terminal."""
+
+
+class Display(Protocol):
+    """What a run reports."""
+
+    def begin(self, run: str, stages: Sequence[str]) -> None:
+        """The run starts; these are its stages in order."""
+
+    def cached(self, stage: str) -> None:
+        """A stage was found in the cache."""
+
+    def start(self, stage: str, uses: str, reason: str) -> None:
+        """A stage starts, and why it must."""
+
+    def progress(self, stage: str, done: int, total: int, note: str) -> None:
+        """How far the current step of a stage is; a new note begins a new step."""
+
+    def finish(self, stage: str, seconds: float, cached: int, total: int) -> None:
+        """A stage is done; so many of its items came from an interrupted attempt."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """Something that went wrong and was mended."""
+
+    def end(self) -> None:
+        """The run is over, one way or another."""
+
+
+def open_display() -> Display:
+    """Live on a terminal, lines otherwise."""
+    return LiveDisplay() if sys.stderr.isatty() else LineDisplay()
+
+
+class Pace:
+    """Remaining time of one step, from the items finished since it began."""
+
+    def __init__(self) -> None:
+        self._step: tuple[str, int] | None = None
+        self._since = (0.0, 0)
+
+    def remaining(self, done: int, total: int, note: str) -> float | None:
+        """Seconds, None while nothing can be said."""
+        step = (note.split(",", maxsplit=1)[0], total)
+        if step != self._step:
+            self._step, self._since = step, (time.monotonic(), done)
+        started, first = self._since
+        if done <= first:
+            return None
+        return (time.monotonic() - started) / (done - first) * (total - done)
+
+
+def clock(seconds: float) -> str:
+    """`45 s`, `3:20`, `2:05:00`; tenths below ten seconds."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _summary(seconds: float, cached: int, total: int) -> str:
+    return clock(seconds) + (f", {cached} of {total} items were already done" if cached else "")
+
+
+class LineDisplay:
+    """One line per event."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+        self._last = 0.0
+
+    def begin(self, run: str, stages: Sequence[str]) -> None:
+        self._print(f"run {run}: {len(stages)} stages")
+
+    def cached(self, stage: str) -> None:
+        self._print(f"{stage}: cached")
+
+    def start(self, stage: str, uses: str, reason: str) -> None:
+        self._last = time.monotonic()
+        self._print(f"{stage}: {uses} ({reason})")
+
+    def progress(self, stage: str, done: int, total: int, note: str) -> None:
+        remaining = self._pace.remaining(done, total, note)
+        if time.monotonic() - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = time.monotonic()
+        left = "" if remaining is None else f", about {clock(remaining)} left"
+        self._print(f"{stage}: {done} of {total} {note}{left}")
+
+    def finish(self, stage: str, seconds: float, cached: int, total: int) -> None:
+        self._print(f"{stage}: done in {_summary(seconds, cached, total)}")
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def warn(self, text: str) -> None:
+        self._print(f"warning: {text}")
+
+    def end(self) -> None:
+        return
+
+    def _print(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class LiveDisplay:
+    """A line per stage that fills up while it runs."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+        self._pace = Pace()
+        self._bars: Progress | None = None
+        self._rows: dict[str, TaskID] = {}
+
+    def begin(self, run: str, stages: Sequence[str]) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._console.print(f"run [bold]{run}[/bold]")
+        self._bars = Progress(
+            TextColumn("{task.fields[mark]}"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[state]}"),
+            console=self._console,
+        )
+        for stage in stages:
+            self._rows[stage] = self._bars.add_task(stage, total=None, start=False, mark="[dim]·[/dim]", state="")
+        self._bars.start()
+
+    def cached(self, stage: str) -> None:
+        self._update(stage, mark="[green]✓[/green]", state="[dim]cached[/dim]", done=1, total=1)
+
+    def start(self, stage: str, uses: str, reason: str) -> None:
+        self._update(stage, mark="[cyan]▶[/cyan]", state=f"[dim]{reason}[/dim]")
+
+    def progress(self, stage: str, done: int, total: int, note: str) -> None:
+        remaining = self._pace.remaining(done, total, note)
+        left = "" if remaining is None else f", about {clock(remaining)} left"
+        self._update(stage, mark="[cyan]▶[/cyan]", state=f"{done}/{total} {note}{left}", done=done, total=total)
+
+    def finish(self, stage: str, seconds: float, cached: int, total: int) -> None:
+        state = f"[dim]{_summary(seconds, cached, total)}[/dim]"
+        self._update(stage, mark="[green]✓[/green]", state=state, done=1, total=1)
+
+    def note(self, text: str) -> None:
+        self._console.print(text)
+
+    def warn(self, text: str) -> None:
+        self._console.print(f"[yellow]warning:[/yellow] {text}")
+
+    def end(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def _update(self, stage: str, *, mark: str, state: str, done: int = 0, total: int | None = None) -> None:
+        if self._bars is not None:
+            self._bars.start_task(self._rows[stage])
+            self._bars.update(self._rows[stage], mark=mark, state=state, completed=done, total=total)

@@ -1,0 +1,31 @@
+"""Where the work inside a stage runs: in this process (`inline`) or on Ray (`ray`).
+
+`open_executor` gives a raw executor, which answers items; `journal.JournaledExecutor` puts the memory around it that
+`layerwise.stages.contract.Executor` promises to stages. Nothing heavy is imported before it is needed: opening the Ray
+executor imports no Ray, and a run whose stages are all cached never starts one.
+"""
+
+from __future__ import annotations
+
+from layerwise.pipeline.executors.raw import RawExecutor, Resources
+from layerwise.stages.registry import lookup
+
+__all__ = ["EXECUTORS", "RawExecutor", "Resources", "open_executor"]
+
+EXECUTORS = {
+    "inline": "layerwise.pipeline.executors.inline:InlineExecutor",
+    "ray": "layerwise.pipeline.executors.ray:RayExecutor",
+}
+
+
+def open_executor(name: str, resources: Resources = Resources()) -> RawExecutor:  # noqa: B008 (frozen)
+    """The executor of that name; the caller closes it.
+
+    Args:
+        name: a key of `EXECUTORS`, or of another package's entry point group `layerwise.executors`.
+        resources: what one item occupies; `RawExecutor.sized` gives the same executor for other items.
+    Raises:
+        UsageError: nobody offers the name; names the nearest known one.
+    """
+    executor: RawExecutor = lookup(name, EXECUTORS, group="layerwise.executors", kind="executor")(resources)
+    return executor

@@ -1,0 +1,154 @@
+"""The one Ray of this process: started at the first use, on this machine, quietly, and taken down with the process.
+
+Decisions, each from a measured surprise of Ray 2.60:
+
+- `address="local"`: without it `ray.init` joins whatever `RAY_ADDRESS` or the last started cluster says. A Ray that the
+  process has already initialised is joined instead, and left running at the end; that is the way onto a cluster.
+- Token authentication is asked for, not only left on: a local Ray listens on every interface, and Ray before 2.59 asks
+  nobody for a token. Ray writes the token file readable for everyone, so it is tightened. `RAY_AUTH_MODE` set by the
+  user is respected.
+- One retry after running out of memory instead of endless ones, which would hang the run without a word.
+- A short private folder for Ray's sockets and logs: socket paths end at 107 bytes. It goes away with the session; a
+  driver that is killed leaves it behind, some hundred KiB.
+- The host's SIGTERM handler is put back, since `ray.init` replaces it.
+- Ray prints a worker's death on stdout, where the command line's answers go; it goes to the log.
+
+Left out: the dashboard, and starting clusters of several machines.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+
+logger = logging.getLogger(__name__)
+
+_ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "1"}
+_OBJECT_STORE_BYTES = 256 * 2**20  # items and answers are small; Ray's own default is 30% of the machine
+_LONGEST_TEMPORARY_FOLDER = 24  # bytes of it that leave room for Ray's own 75 and our 15 below 107
+
+
+class RaySession:
+    """Ray, when it is needed.
+
+    Args:
+        cores: how many cores the local Ray hands out; None for all that this process may use.
+    """
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._cores = cores
+        self._ray: Any = None
+        self._folder: Path | None = None  # set while a Ray of ours runs
+        self._pid = 0
+        self.replicas_open = False
+
+    def ray(self) -> Any:
+        """The module `ray`, connected.
+
+        Raises:
+            LayerwiseError: Ray does not start here.
+        """
+        if self._ray is None or not self._ray.is_initialized():
+            self._ray = self._connect()
+        return self._ray
+
+    def machines(self) -> list[Mapping[str, float]]:
+        """What each machine offers in total, by Ray's names: `CPU`, `GPU`, `memory`."""
+        return [node["Resources"] for node in self.ray().nodes() if node["Alive"]]
+
+    def close(self) -> None:
+        """Take down the Ray that this session started; one that was found running goes on."""
+        if self._folder is None or self._pid != os.getpid():  # a forked child must not end its parent's Ray
+            return
+        atexit.unregister(self.close)
+        self._ray.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._ray = self._folder = None
+
+    def _connect(self) -> Any:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)  # before the import, which reads them
+        import ray
+
+        if ray.is_initialized():
+            logger.info("using the Ray that this process has already initialised")
+            return ray
+        self.close()  # a Ray of ours that somebody else shut down
+        self._ray, self._pid, self._folder = ray, os.getpid(), _private_folder()
+        atexit.register(self.close)
+        logger.info("starting Ray (some seconds)")
+        try:
+            with _sigterm_handler_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=self._cores or available_cores(),
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(self._folder),
+                )
+        except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+            self.close()
+            raise LayerwiseError(f"Ray did not start: {error}", hint="`--executor inline` works without it") from error
+        _make_token_private()
+        _log_instead_of_print(ray)
+        return ray
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its control group (containers)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _private_folder() -> Path:
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="lw-ray-", dir=base if len(base) <= _LONGEST_TEMPORARY_FOLDER else "/tmp"))
+
+
+@contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """Put the host's handler back; where it had none, Ray's orderly exit stays, but without its dump of the stack."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            # Setting it anew also takes the signal back from Ray's C++ core, which would print that dump.
+            signal.signal(signal.SIGTERM, before if callable(before) else signal.getsignal(signal.SIGTERM))
+
+
+def _make_token_private() -> None:
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        if token.stat().st_uid == os.getuid() and token.stat().st_mode & 0o077:
+            token.chmod(0o600)
+    except OSError:  # no token file, or one that somebody manages for us
+        return
+
+
+def _log_instead_of_print(ray: Any) -> None:
+    """Ray has no switch for this. The name is private, so a Ray without it keeps its own way."""
+
+    def log(data: Mapping[str, Any], **_: object) -> None:
+        logger.info("Ray: %s", " ".join(data.get("lines", ())))
+
+    worker: Any = getattr(getattr(ray, "_private", None), "worker", None)
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = log

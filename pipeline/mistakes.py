@@ -1,0 +1,311 @@
+"""From pydantic's findings to sentences that name the place and say what to write.
+
+pydantic reports a path of its own, in which the branches of a union appear as steps, and one finding per branch. Here
+the path is walked along the YAML tree, which gives line and column; of a union only the branch that was meant is kept;
+and each kind of finding gets its words. Validation is strict (the text `"3"` is not a number, `1` is not `true`), with
+two mercies: a whole number may be written 1e3, and a list serves wherever a tuple or a set is wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from layerwise.errors import LayerwiseError
+from layerwise.pipeline.expressions import unresolved
+from layerwise.pipeline.report import Report, describe, nearest, suggest
+from layerwise.pipeline.yaml12 import KeyPath, Place, Tree
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_WANTED = {  # kind of pydantic finding -> what the value must be
+    "string": "text",
+    "path": "a path",
+    "int": "a whole number",
+    "float": "a number",
+    "decimal": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "tuple": "a list",
+    "set": "a list",
+    "frozen_set": "a list",
+    "iterable": "a list",
+    "dict": "a map",
+    "mapping": "a map",
+    "model": "a map",
+    "model_attributes": "a map",
+    "dataclass": "a map",
+    "none_required": "nothing",
+}
+_LIMITS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+    "multiple_of": ("a multiple of", "multiple_of"),
+}
+
+
+def validate(model: type[Model], tree: Tree, path: KeyPath, report: Report) -> Model | None:
+    """Read a tree into a pydantic model.
+
+    Args:
+        path: where the tree stands in the file, for the sentences.
+    Returns:
+        None when there are mistakes; they are in the report. A value that still holds a `${{ }}` makes no mistake here:
+        why it could not be resolved has been reported already.
+    """
+    text = json.dumps(tree.plain())
+    try:
+        errors = _strict_errors(model, text)
+        if not errors:
+            return model.model_validate_json(text)
+    except LayerwiseError as error:  # a validator that knows better words than pydantic
+        report.add(tree.key or tree.place, path, str(error))
+        return None
+    for mistake in _keep_meant_branch([_Mistake.of(error, tree) for error in errors]):
+        found = tree.find(mistake.path)
+        if found is not None and unresolved(found) and mistake.error["type"] != "extra_forbidden":
+            continue
+        place, shown, words = _say(mistake, tree, model)
+        report.add(place, (*path, *shown), words)
+    return None
+
+
+def _strict_errors(model: type[BaseModel], text: str) -> list[ErrorDetails]:
+    """pydantic's findings in strict mode, less those that are only strictness about 1e3 and about lists."""
+    try:
+        model.model_validate_json(text, strict=True)
+        return []
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    kept = [error for error in found if not _excused(error)]
+    excused = [error["loc"] for error in found if _excused(error)]
+    if excused:  # strict mode stopped there; what stands inside is judged by the lax mode
+        try:
+            model.model_validate_json(text)
+        except ValidationError as error:
+            for inner in error.errors(include_url=False):
+                if any(inner["loc"][: len(loc)] == loc for loc in excused) or not kept:
+                    kept.append(inner)
+    return kept
+
+
+def _excused(error: ErrorDetails) -> bool:
+    if error["type"] == "int_type":
+        return isinstance(error["input"], float) and error["input"].is_integer()
+    return error["type"] in ("tuple_type", "set_type", "frozen_set_type") and isinstance(error["input"], list)
+
+
+@dataclass(frozen=True)
+class _Mistake:
+    """One finding of pydantic.
+
+    Args:
+        path: the steps that lead through the data; the last may be a key that is missing there.
+        branches: (length of the path at which a union branched, name of the branch), outermost first.
+        of_key: it is about a key of a map, not about the value behind it.
+        words: overrides what `error` would say.
+    """
+
+    path: KeyPath
+    branches: tuple[tuple[int, str], ...]
+    error: ErrorDetails
+    of_key: bool = False
+    words: str | None = field(default=None)
+
+    @classmethod
+    def of(cls, error: ErrorDetails, tree: Tree) -> _Mistake:
+        path: list[str | int] = []
+        branches: list[tuple[int, str]] = []
+        node: Tree | None = tree
+        location = error["loc"]
+        for position, step in enumerate(location):
+            child = node.get(step) if node is not None else None
+            if child is not None:
+                path.append(step)
+                node = child
+            elif step == "[key]":
+                return cls(tuple(path), tuple(branches), error, of_key=True)
+            elif error["type"] == "missing" and position == len(location) - 1:
+                path.append(step)
+            else:
+                branches.append((len(path), str(step)))
+        return cls(tuple(path), tuple(branches), error)
+
+    @property
+    def wanted(self) -> str | None:
+        """What the value must be, if the finding is that it is of another kind."""
+        kind = self.error["type"]
+        for suffix in ("_type", "_parsing", "_from_float"):
+            kind = kind.removesuffix(suffix)
+        return _WANTED.get(kind)
+
+    @property
+    def options(self) -> list[str]:
+        """The allowed words, if the finding is that this is none of them."""
+        context = self.error.get("ctx", {})
+        if self.error["type"] in ("literal_error", "enum"):
+            return [_unquoted(word) for word in re.split(r", | or ", str(context["expected"]))]
+        if self.error["type"] == "union_tag_invalid":
+            return [_unquoted(word) for word in str(context["expected_tags"]).split(", ")]
+        return []
+
+
+def _unquoted(word: str) -> str:
+    return word[1:-1] if len(word) > 1 and word[0] == word[-1] == "'" else word
+
+
+def _keep_meant_branch(mistakes: list[_Mistake]) -> list[_Mistake]:
+    """Of each union keep the findings of the branch that the user meant, or one sentence for all branches."""
+    kept = [mistake for mistake in mistakes if not mistake.branches]
+    unions: dict[KeyPath, dict[str, list[_Mistake]]] = {}
+    for mistake in mistakes:
+        if mistake.branches:
+            depth, branch = mistake.branches[0]
+            rest = replace(mistake, branches=mistake.branches[1:])
+            unions.setdefault(mistake.path[:depth], {}).setdefault(branch, []).append(rest)
+    for path, branches in unions.items():
+        kept += _choose(path, [_keep_meant_branch(findings) for findings in branches.values()])
+    return kept
+
+
+def _choose(path: KeyPath, branches: list[list[_Mistake]]) -> list[_Mistake]:
+    def wrong_kind(mistake: _Mistake) -> bool:
+        return mistake.path == path and (mistake.wanted is not None or bool(mistake.options))
+
+    def wrong_label(mistake: _Mistake) -> bool:
+        return len(mistake.path) == len(path) + 1 and mistake.error["type"] == "literal_error"
+
+    fitting = [branch for branch in branches if not any(map(wrong_kind, branch))]
+    if not fitting:
+        return _join_kinds([mistake for branch in branches for mistake in branch])
+    labelled = [branch for branch in fitting if not any(map(wrong_label, branch))]
+    if not labelled and len(fitting) > 1:
+        return _join_kinds([next(filter(wrong_label, branch)) for branch in fitting])
+    return min(labelled or fitting, key=len)
+
+
+def _join_kinds(mistakes: list[_Mistake]) -> list[_Mistake]:
+    """One mistake that says everything a value may be."""
+    options = [option for mistake in mistakes for option in mistake.options]
+    wanted = [mistake.wanted for mistake in mistakes if mistake.wanted]
+    if not wanted:
+        first = mistakes[0]
+        return [replace(first, words=_not_one_of(first.error["input"], options))]
+    if options:
+        wanted.append(f"one of {', '.join(dict.fromkeys(options))}")
+    words = f"must be {' or '.join(dict.fromkeys(wanted))}, got {describe(mistakes[0].error['input'])}"
+    return [replace(mistakes[0], words=words)]
+
+
+def _not_one_of(value: Any, options: list[str]) -> str:
+    if not isinstance(value, str):
+        return f"must be one of {', '.join(options)}, got {describe(value)}"
+    return f"'{value}' is not one of {', '.join(dict.fromkeys(options))}{nearest(value, options)}"
+
+
+def _say(mistake: _Mistake, tree: Tree, model: type[BaseModel]) -> tuple[Place, KeyPath, str]:
+    """The place, the path as shown, and the words of one mistake."""
+    error, path = mistake.error, mistake.path
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    place = tree.place_of(path, of_key=mistake.of_key)
+    if mistake.words:
+        return place, path, mistake.words
+    if kind == "extra_forbidden":
+        known = _known_keys(model, error["loc"][:-1], tree.find(path[:-1]))
+        return tree.place_of(path, of_key=True), path, "unknown key" + suggest(str(path[-1]), known)
+    if kind == "missing":
+        return place, path, "this key is required"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        label = _unquoted(str(context["discriminator"]))
+        path = (*path, label)
+        if kind == "union_tag_not_found":
+            return tree.place_of(path), path, "this key is required"
+        return tree.place_of(path), path, _not_one_of(context["tag"], mistake.options)
+    if mistake.options:
+        return place, path, _not_one_of(value, mistake.options)
+    if mistake.wanted:
+        return place, path, f"must be {mistake.wanted}, got {describe(value)}"
+    if kind in _LIMITS:
+        words, key = _LIMITS[kind]
+        return place, path, f"must be {words} {context[key]}, got {value}"
+    if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
+        least = kind.endswith("short")
+        limit = context["min_length" if least else "max_length"]
+        thing = "character" if kind.startswith("string") else "entry" if limit == 1 else "entries"
+        return place, path, f"must have at {'least' if least else 'most'} {limit} {thing}, has {len(value)}"
+    if kind in ("value_error", "assertion_error"):
+        return place, path, str(context["error"])
+    return place, path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {describe(value)}"
+
+
+def _known_keys(model: type[BaseModel], location: tuple[str | int, ...], node: Tree | None) -> list[str]:
+    """The keys that may stand where pydantic found an unknown one, those already given left out."""
+    kinds: list[Any] = [model]
+    for step in location:
+        kinds = [inner for kind in kinds for inner in _descend(kind, step)]
+    given = set(node.entries) if node is not None else set()
+    known = [key for kind in kinds for inner in _models_in(kind) for key in field_keys(inner) if key not in given]
+    return list(dict.fromkeys(known))
+
+
+def field_keys(model: type[BaseModel]) -> dict[str, Any]:
+    """Every key that a model reads from the file (aliases too, after the preferred one), with its annotation."""
+    keys: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        alias = info.validation_alias
+        if isinstance(alias, AliasChoices):
+            names = [choice for choice in alias.choices if isinstance(choice, str)]
+        else:
+            names = [alias if isinstance(alias, str) else name]
+        keys.update(dict.fromkeys(names, info.annotation))
+    return keys
+
+
+def _models_in(kind: Any) -> list[Any]:
+    if _is_model(kind):
+        return [kind]
+    if typing.get_origin(kind) in (typing.Annotated, typing.Union, types.UnionType):
+        return [inner for member in typing.get_args(kind) for inner in _models_in(member)]
+    return []
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _descend(kind: Any, step: str | int) -> list[Any]:
+    """The types behind one step of pydantic's path: a key, an index, or the branch of a union."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _descend(arguments[0], step)
+    if origin in (typing.Union, types.UnionType):
+        named = [member for member in arguments if _answers_to(member, str(step))]
+        if named:
+            return named
+        return [inner for member in arguments for inner in _descend(member, step)]
+    if _is_model(kind):
+        return [field_keys(kind)[str(step)]] if step in field_keys(kind) else []
+    if origin is dict:
+        return [arguments[1]]
+    if isinstance(step, int) and arguments:
+        return [argument for argument in arguments if argument is not Ellipsis]
+    return []
+
+
+def _answers_to(kind: Any, branch: str) -> bool:
+    """Whether a member of a union is the branch that pydantic calls by this name: its class or its label."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _answers_to(typing.get_args(kind)[0], branch)
+    if not _is_model(kind):
+        return False
+    labels = [typing.get_args(info.annotation) for info in kind.model_fields.values()]
+    return kind.__name__ == branch or any(branch in map(str, options) for options in labels)

@@ -1,0 +1,375 @@
+"""Runs a workflow: plans it against the cache, does what is missing, and keeps a durable account of everything.
+
+A run is one workflow with one set of inputs; its id says which, so running the same thing again continues or finds the
+same run, and two at once wait for each other. A stage's key is the hash of its implementation number, its parameters
+and the digests of what goes into it; a stage whose artifact is there is never run again, and an interrupted one finds
+the answers of its finished items. Nothing depends on an orderly end: whatever was acknowledged is on the disk.
+
+This process is the only writer of tables. It loads neither torch nor Ray unless something is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from layerwise import __version__
+from layerwise.errors import CorruptArtifact, LayerwiseError
+from layerwise.pipeline.artifacts import Artifact, ArtifactStore, digest_of, locked
+from layerwise.pipeline.display import Display
+from layerwise.pipeline.executors import RawExecutor, Resources, open_executor
+from layerwise.pipeline.executors.journal import JournaledExecutor
+from layerwise.pipeline.sources import Sources, resolve_sources
+from layerwise.pipeline.workflow import Call, Workflow
+from layerwise.results.durable import disk_full_named, make_folder, publish_file
+from layerwise.results.store import Store
+from layerwise.stages.contract import Context, Row
+
+KEY_FORMAT = 1
+"""Raised when the material of a key changes its meaning."""
+
+
+@dataclass
+class StagePlan:
+    """What is known of a stage before it runs.
+
+    Args:
+        call: the stage.
+        key: None while an input is not there yet.
+        material: what the key was made from.
+        artifact: None if it must be made.
+        reason: why it must be made.
+    """
+
+    call: Call
+    key: str | None = None
+    material: dict[str, Any] = field(default_factory=dict)
+    artifact: Artifact | None = None
+    reason: str = ""
+
+
+class Run:
+    """One workflow with its inputs in one results folder.
+
+    Args:
+        workflow: what to run.
+        root: the results folder, made if missing.
+        display: is told what happens.
+    """
+
+    def __init__(self, workflow: Workflow, root: Path, display: Display) -> None:
+        self.workflow, self.display = workflow, display
+        self.store = Store.open(root, create=True)
+        self.artifacts = ArtifactStore(root)
+        self.sources: Sources = resolve_sources(workflow, root, self.artifacts.digests)
+        self.artifacts.digests.save()
+        self.resolved = workflow.resolved()
+        self.id = self._id()
+        self.folder = root / "runs" / self.id
+        self.attempt = 0
+        self._seqs: dict[str, int] = {}
+
+    def _id(self) -> str:
+        """The workflow's name and eight digits of what it is: stages, parameters, and the digests of model and texts."""
+        material = {
+            "stages": {call.id: self.resolved["stages"][call.id] | {"resources": None} for call in self.workflow.calls},
+            "model": self.sources.model_digest,
+            "data": dict(self.sources.data_digests),
+        }
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", self.workflow.name).strip(".-_") or "run"
+        return f"{name}-{digest_of(material)[:8]}"
+
+    # --- planning ---
+
+    def plan(self) -> list[StagePlan]:
+        """What each stage finds in the cache, producers first."""
+        plans: dict[str, StagePlan] = {}
+        for call in self.workflow.calls:
+            plans[call.id] = self._plan_stage(call, plans)
+        return list(plans.values())
+
+    def _plan_stage(self, call: Call, plans: Mapping[str, StagePlan]) -> StagePlan:
+        plan = StagePlan(call)
+        waiting = [id_ for ids in call.inputs.values() for id_ in ids if plans[id_].artifact is None]
+        if waiting:
+            plan.reason = f"waits for {', '.join(waiting)}"
+            return plan
+        plan.material = self._material(call, plans)
+        plan.key = digest_of(plan.material)
+        plan.artifact = self._find(plan.key)
+        plan.reason = "" if plan.artifact else self._explain(call, plan)
+        return plan
+
+    def _material(self, call: Call, plans: Mapping[str, StagePlan]) -> dict[str, Any]:
+        texts = {name: getattr(call.params, name) for name in call.stage.data}
+        return {
+            "format": KEY_FORMAT,
+            "uses": call.stage.name,
+            "impl": call.stage.impl,
+            "with": call.params.model_dump(mode="json"),
+            "inputs": {port: [_digest(plans[id_]) for id_ in ids] for port, ids in call.inputs.items() if ids},
+            "model": self.sources.model_digest,
+            "data": {name: self.sources.data_digests[text] for name, text in texts.items()},
+            "device": "cpu",
+            "threads": max(1, int(call.resources.cpus)),
+        }
+
+    def _find(self, key: str) -> Artifact | None:
+        try:
+            return self.artifacts.find(key)
+        except CorruptArtifact as error:
+            place = self.artifacts.quarantine(key)
+            self.display.warn(f"{error.message}; moved to {place} and made again")
+            return None
+
+    def _explain(self, call: Call, plan: StagePlan) -> str:
+        """Why a stage must run: what differs from the last artifact of the stage of this name."""
+        if plan.key is not None and self.artifacts.work(plan.key).is_dir():
+            return "interrupted before"
+        keys = [row["stage_key"] for row in self.store.rows("stages") if row["stage"] == call.id]
+        for key in reversed(keys):
+            with suppress(CorruptArtifact):
+                previous = self.artifacts.find(key) if key else None
+                if previous is not None:
+                    return "changed: " + ", ".join(_differences(previous.material, plan.material))
+        return "not there yet"
+
+    # --- running ---
+
+    def execute(self, executor: str, argv: Sequence[str] = ()) -> None:
+        """Run every stage that is not in the cache.
+
+        Args:
+            executor: `ray` or `inline`; opened at the first stage that is missing.
+            argv: the command, for the record.
+        Raises:
+            LayerwiseError: a stage stopped; what was finished is kept.
+        """
+        with locked(self.folder / "lock", lambda pid: self.display.note(f"waiting: process {pid} runs {self.id}")):
+            started = time.monotonic()
+            self.attempt = self._new_attempt()
+            self._record_run("running", executor, argv)
+            self.display.begin(self.id, [call.id for call in self.workflow.calls])
+            try:
+                with _lazily_opened(executor) as opened:
+                    self._execute_stages(opened)
+            except BaseException as error:
+                status = "failed" if isinstance(error, Exception) else "stopped"
+                with suppress(LayerwiseError, OSError):  # the disk may be full; the error itself matters more
+                    self._record_run(status, executor, argv, time.monotonic() - started, error)
+                raise
+            finally:
+                self.display.end()
+            self._record_run("ok", executor, argv, time.monotonic() - started)
+
+    def _execute_stages(self, opened: Callable[[], RawExecutor]) -> None:
+        plans: dict[str, StagePlan] = {}
+        for call in self.workflow.calls:
+            plan = plans[call.id] = self._plan_stage(call, plans)
+            if plan.artifact is None:
+                plan.artifact = self._make(plan, opened)
+            else:
+                self.display.cached(call.id)
+                self._record_stage(plan, cache="hit", seconds=0.0)
+            self._link(call.id, plan.artifact)
+
+    def _make(self, plan: StagePlan, opened: Callable[[], RawExecutor]) -> Artifact:
+        call, key = plan.call, plan.key
+        assert key is not None, "every input is there by now"
+        with self.artifacts.claim(
+            key, lambda pid: self.display.note(f"waiting: process {pid} makes stage {call.id}")
+        ):
+            found = self._find(key)
+            if found is not None:
+                self.display.cached(call.id)
+                self._record_stage(plan, cache="hit", seconds=0.0, artifact=found)
+                return found
+            self.display.start(call.id, call.stage.name, plan.reason)
+            started = time.monotonic()
+            try:
+                artifact, counts = self._work(plan, key, opened())
+            except LayerwiseError as error:
+                self._record_failure(plan, time.monotonic() - started, error)
+                error.message = f"stage {call.id}: {error.message}"
+                raise
+            except BaseException as error:
+                self._record_failure(plan, time.monotonic() - started, error)
+                raise
+            cache = "partial" if counts["items_cached"] else "miss"
+            seconds = time.monotonic() - started
+            self._record_stage(plan, cache=cache, seconds=seconds, artifact=artifact, counts=counts)
+            self.display.finish(call.id, seconds, counts["items_cached"], counts["items_total"])
+            return artifact
+
+    def _work(self, plan: StagePlan, key: str, raw: RawExecutor) -> tuple[Artifact, dict[str, int]]:
+        call = plan.call
+        work = self.artifacts.work(key)
+        out, items = work / "out", work / "items"
+        if out.exists():
+            shutil.rmtree(out)  # of an attempt that was killed; its finished items stand under `items`
+        for folder in (out, items):
+            make_folder(folder)
+        resources = Resources(call.resources.cpus, call.resources.gpus, call.resources.memory_bytes)
+        executor = JournaledExecutor(
+            raw.sized(resources),
+            work / "journal",
+            tmp=self.artifacts.tmp,
+            progress=lambda done, total, note: self.display.progress(call.id, done, total, note),
+        )
+        seqs: dict[str, int] = {}
+
+        def record(table: str, rows: Sequence[Row]) -> None:
+            first = seqs.get(table, 0)
+            seqs[table] = first + len(rows)
+            self.store.append(
+                table, rows, run_id=self.id, stage=call.id, stage_key=key, attempt=self.attempt, first_seq=first
+            )
+
+        context = Context(
+            out=out,
+            items=items,
+            model=self.sources.model,
+            data=self.sources.data,
+            inputs={port: tuple(self._folder_of(id_) for id_ in call.inputs.get(port, ())) for port in call.stage.takes},
+            executor=executor,
+            record=record,
+            progress=lambda done, total, note: self.display.progress(call.id, done, total, note),
+        )
+        with disk_full_named(work):
+            call.stage.run(context, call.params)
+            artifact = self.artifacts.publish(key, out, plan.material)
+        shutil.rmtree(work)
+        peak = max(executor.peak_rss_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return artifact, {
+            "items_total": executor.items_total,
+            "items_cached": executor.items_cached,
+            "peak_rss_bytes": peak,
+        }
+
+    def _folder_of(self, stage: str) -> Path:
+        return (self.folder / "stages" / stage).resolve()
+
+    def _link(self, stage: str, artifact: Artifact) -> None:
+        """`runs/<run>/stages/<stage>` leads to the artifact, so people need not know keys."""
+        link = self.folder / "stages" / stage
+        make_folder(link.parent)
+        target = Path("../../..") / artifact.folder.relative_to(self.store.root)
+        if not (link.is_symlink() and link.readlink() == target):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
+
+    # --- the account ---
+
+    def _new_attempt(self) -> int:
+        """How many times this run has been started, this time included."""
+        number = len(list((self.folder / "attempts").glob("*.json"))) + 1
+        publish_file(self.folder / "attempts" / f"{number:04}.json", b"{}\n", self.artifacts.tmp)
+        return number
+
+    def _record_run(
+        self,
+        status: str,
+        executor: str,
+        argv: Sequence[str],
+        seconds: float | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        now = datetime.now(UTC)
+        self._append(
+            "runs",
+            {
+                "name": self.workflow.name,
+                "status": status,
+                "workflow_sha256": digest_of(self.resolved),
+                "resolved": json.dumps(self.resolved),
+                "layerwise_version": __version__,
+                "argv": list(argv),
+                "executor": executor,
+                "started_at": now if seconds is None else None,
+                "ended_at": None if seconds is None else now,
+                "seconds": seconds,
+                **_described(error),
+            },
+        )
+
+    def _record_stage(
+        self,
+        plan: StagePlan,
+        *,
+        cache: str,
+        seconds: float,
+        artifact: Artifact | None = None,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        made = artifact or plan.artifact
+        assert made is not None
+        row = {"cache": cache, "reason": plan.reason, "status": "ok", "seconds": seconds, "output_digest": made.digest}
+        self._append("stages", {"uses": plan.call.stage.name, **row, **(counts or {})}, plan)
+
+    def _record_failure(self, plan: StagePlan, seconds: float, error: BaseException) -> None:
+        status = "failed" if isinstance(error, Exception) else "stopped"
+        row = {"cache": "miss", "reason": plan.reason, "status": status, "seconds": seconds, **_described(error)}
+        with suppress(LayerwiseError, OSError):  # the disk may be full; the error itself matters more
+            self._append("stages", {"uses": plan.call.stage.name, **row}, plan)
+
+    def _append(self, table: str, row: Row, plan: StagePlan | None = None) -> None:
+        seq = self._seqs.get(table, 0)
+        self._seqs[table] = seq + 1
+        self.store.append(
+            table,
+            [row],
+            run_id=self.id,
+            stage=plan.call.id if plan else None,
+            stage_key=plan.key if plan else None,
+            attempt=self.attempt,
+            first_seq=seq,
+        )
+
+
+@contextmanager
+def _lazily_opened(name: str) -> Iterator[Callable[[], RawExecutor]]:
+    """A function that opens the executor at its first call; closed at the end if it was."""
+    opened: list[RawExecutor] = []
+
+    def get() -> RawExecutor:
+        if not opened:
+            opened.append(open_executor(name))
+        return opened[0]
+
+    try:
+        yield get
+    finally:
+        for executor in opened:
+            executor.close()
+
+
+def _digest(plan: StagePlan) -> str:
+    assert plan.artifact is not None
+    return plan.artifact.digest
+
+
+def _described(error: BaseException | None) -> dict[str, str]:
+    return {} if error is None else {"error_type": type(error).__name__, "error": str(error)[:2000]}
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The paths at which two documents differ, with their values where they are short."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [
+            difference
+            for key in sorted({*old, *new})
+            for difference in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    if old == new:
+        return []
+    before, after = str(old), str(new)
+    return [f"{path} ({before} -> {after})" if len(before) + len(after) < 60 else path]

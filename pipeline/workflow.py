@@ -1,0 +1,189 @@
+"""From a workflow file to a checked, frozen `Workflow`.
+
+`load_workflow` reads the file and the layers over it (`layers.py`), resolves `${{ }}` (`expressions.py`), validates
+every part (`fileformat.py`, `mistakes.py`, `sources.py`), unrolls the stages (`foreach.py`, `entries.py`), and checks
+their connections (`binding.py`) and their texts (`heldout.py`). It goes on after a mistake wherever the rest still makes
+sense, and raises one `WorkflowError` with all of them. No artifact is looked at and nothing heavy is imported: this
+also serves `layerwise validate` and a fully cached run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from layerwise import stages as registry
+from layerwise.errors import WorkflowError
+from layerwise.pipeline.binding import Inputs, bind, run_order
+from layerwise.pipeline.entries import Catalogue, Draft, FindStage, Resources, read_stages
+from layerwise.pipeline.expressions import resolve
+from layerwise.pipeline.fileformat import VERSION, WorkflowFile
+from layerwise.pipeline.heldout import check_texts
+from layerwise.pipeline.layers import apply_params, apply_profile, apply_sets, read_files
+from layerwise.pipeline.mistakes import validate
+from layerwise.pipeline.report import Report, describe
+from layerwise.pipeline.sources import Model, Text, read_model, read_texts
+from layerwise.pipeline.yaml12 import Place, Tree
+from layerwise.stages.contract import Params, Stage
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage instance of a workflow.
+
+    Args:
+        id: `search`, or `search@ilp` for one instance of a stage with `foreach`.
+        stage: what it runs.
+        params: its validated parameters.
+        inputs: port -> ids of the instances that feed it.
+        resources: of one task, the workflow's defaults filled in.
+        place: of its key in the file.
+    """
+
+    id: str
+    stage: Stage
+    params: Params
+    inputs: Inputs
+    resources: Resources
+    place: Place
+    description: str | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        """As it would stand in a file, with nothing left to defaults."""
+        many = {port: self.stage.takes[port].many for port in self.inputs}
+        inputs = {port: list(ids) if many[port] else ids[0] for port, ids in self.inputs.items() if ids}
+        return {
+            "uses": self.stage.name,
+            **({} if self.description is None else {"description": self.description}),
+            **({"inputs": inputs} if inputs else {}),
+            "with": self.params.model_dump(mode="json", by_alias=True),
+            "resources": self.resources.resolved(),
+        }
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A workflow without mistakes: every default filled in, every path absolute.
+
+    Args:
+        path: the file, absolute.
+        data: the texts by name.
+        params: the declared parameters with the values that hold.
+        resources: the defaults of one task.
+        nodes: the stage instances, producers first, otherwise in the order of the file.
+    """
+
+    path: Path
+    name: str
+    description: str | None
+    model: Model
+    data: Mapping[str, Text]
+    params: Mapping[str, Any]
+    resources: Resources
+    nodes: tuple[Node, ...]
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data with nothing left to defaults or to other files: itself a workflow, and it means the same."""
+        return {
+            "version": VERSION,
+            "name": self.name,
+            **({} if self.description is None else {"description": self.description}),
+            "model": self.model.resolved(),
+            "data": {name: text.resolved() for name, text in self.data.items()},
+            "params": dict(self.params),
+            "resources": self.resources.resolved(),
+            "stages": {node.id: node.resolved() for node in self.nodes},
+        }
+
+
+def load_workflow(
+    path: Path | str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    profile: str | None = None,
+    find_stage: FindStage = registry.find_stage,
+) -> Workflow:
+    """Read and check a workflow file.
+
+    Args:
+        path: of the file; relative paths inside it are relative to its folder.
+        params: values for declared parameters (`-p`), of their type or as text.
+        sets: `path.to.key=value` (`-s`), any key of the format; a later one wins. A relative path given in `params` or
+            `sets` is relative to the file's folder too, as if it stood there.
+        profile: name of a block under `profiles:` to lay over the file.
+        find_stage: how a name after `uses:` becomes a stage.
+    Raises:
+        UsageError: there is no such file.
+        WorkflowError: all mistakes that were found, with file, line and column.
+    """
+    path, report, catalogue = Path(path), Report(), Catalogue(find_stage)
+    tree = read_files(path, report)
+    _check_version(tree, report)
+    tree = apply_profile(tree, profile, report)
+    tree = apply_sets(tree, sets, report)
+    tree = apply_params(tree, params or {}, report)
+
+    declared = tree.entries.get("params", Tree({}, tree.place))
+    head = _resolve_head(tree, declared, report)
+    header = validate(WorkflowFile, head, (), report)
+    model = read_model(head, report)
+    data = read_texts(head, report)
+    default_resources = head.entries.get("resources", Tree({}, tree.place))
+    drafts = read_stages(tree, declared, default_resources, catalogue, report)
+    wirings = [draft.wiring for draft in drafts]
+    inputs = bind(wirings, report, catalogue.makers)
+    order = run_order(wirings, report)
+    check_texts(drafts, data, report)
+    if report.problems or header is None or model is None:
+        raise WorkflowError(report.problems, hint=_hint(drafts))
+
+    by_id = {draft.wiring.id: draft for draft in drafts}
+    return Workflow(
+        path=path.absolute(),
+        name=header.name or path.stem,
+        description=header.description,
+        model=model,
+        data={name: text for name, text in data.items() if text is not None},
+        params=declared.plain(),
+        resources=Resources.of(header.resources),
+        nodes=tuple(_node(by_id[id_], inputs[id_]) for id_ in order),
+    )
+
+
+def _check_version(tree: Tree, report: Report) -> None:
+    version = tree.entries.get("version")
+    if version is None:
+        report.add(tree.place, ("version",), f"this key is required; begin the file with 'version: {VERSION}'")
+    elif version.value != VERSION or isinstance(version.value, bool):
+        text = f"this layerwise reads version {VERSION}, got {describe(version.value)}"
+        report.add(version.place, ("version",), text)
+        if isinstance(version.value, int) and version.value > VERSION:
+            # Whatever else looks wrong may be right in that format.
+            raise WorkflowError(report.problems, hint="upgrade layerwise")
+
+
+def _resolve_head(tree: Tree, declared: Tree, report: Report) -> Tree:
+    """The workflow without `x-` keys, its expressions resolved outside of the stages, which have names of their own."""
+    entries = {name: child for name, child in tree.entries.items() if not name.startswith("x-")}
+    for name in entries.keys() - {"version", "params", "profiles", "stages"}:
+        entries[name] = resolve(entries[name], {"params": declared}, (name,), report)
+    version = entries.get("version", tree)
+    entries["version"] = replace(version, value=VERSION)  # a wrong one is reported by _check_version
+    return replace(tree, value=entries)
+
+
+def _hint(drafts: Sequence[Draft]) -> str | None:
+    """Where to look up parameters, if those of a stage have mistakes."""
+    wrong = dict.fromkeys(d.wiring.stage.name for d in drafts if d.wiring.stage is not None and d.params is None)
+    stage = next(iter(wrong), None)
+    return None if stage is None else f"`layerwise schema --stage {stage}` lists the parameters of '{stage}'"
+
+
+def _node(draft: Draft, inputs: Inputs) -> Node:
+    wiring = draft.wiring
+    assert wiring.stage is not None, "every mistake has been raised"
+    assert draft.params is not None, "every mistake has been raised"
+    return Node(wiring.id, wiring.stage, draft.params, inputs, draft.resources, wiring.place, draft.description)

@@ -1,0 +1,1 @@
+"""The Parquet store: schemas, append, query, frontier."""

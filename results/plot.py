@@ -1,0 +1,115 @@
+"""The frontier as a picture: average bits (or bytes) against the loss, one colour and marker per solver.
+
+Drawn with matplotlib's file-only backend and without its global state, so it works on a server and beside a notebook's
+own figures. Left out: interactive plots; the Parquet tables are there for those.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise.errors import UsageError
+from layerwise.results.frontier import Cost, Loss
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; the markers repeat the distinction without colour.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "#666666"
+
+_COST_TITLES = {
+    "bits": "average bits per weight",
+    "effective_bits": "average bits per weight, everything stored",
+    "bytes": "stored size ({unit})",
+}
+_LOSS_TITLES = {
+    "heldout_kl": "KL to the dense model (held-out, nats/token)",
+    "heldout_perplexity": "perplexity (held-out)",
+    "kl": "KL to the dense model (search data, nats/token)",
+}
+_BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def plot_frontier(
+    frame: pd.DataFrame, path: Path, over: Cost = "bits", loss: Loss | None = None, dense: float | None = None
+) -> None:
+    """Draw a frontier into a file.
+
+    Args:
+        frame: from `frontier_table`; with its dominated allocations they are drawn pale.
+        path: the file to write; its ending says the format (`.png`, `.svg`, `.pdf`). Missing folders are made.
+        over: the cost on the horizontal axis, as in the call that made `frame`.
+        loss: the loss on the vertical axis; by default the one that `frame` was ranked by.
+        dense: that loss of the dense model, see `dense_losses`; drawn as a line.
+    Raises:
+        UsageError: nothing to draw, or a file ending that is no picture.
+    """
+    from matplotlib.figure import Figure
+
+    loss = loss or (frame["ranked_by"].iloc[0] if len(frame) else "kl")
+    points = frame[frame[loss].notna() & frame[over].notna()].sort_values(over)
+    if points.empty:
+        raise UsageError(f"no allocation with {over} and {loss} to draw", hint="run the allocate stage first")
+    cost_title, scale = _cost_axis(points, over)
+    x, y = points[over].astype("float64") / scale, points[loss]
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _draw_points(axes, x, y, points)
+    if dense is not None:
+        axes.axhline(dense, color=_GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1, label="dense model")
+    values = [*y, *([] if dense is None else [dense])]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    axes.set_xlabel(cost_title)
+    axes.set_ylabel(_loss_title(points, loss))
+    axes.set_title(_origin(points, loss), loc="left", fontsize="small", color=_GREY)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(0.06)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise UsageError(f"cannot draw {path}: {error}", hint="end its name in .png, .svg or .pdf") from error
+
+
+def _draw_points(axes: Any, x: pd.Series, y: pd.Series, points: pd.DataFrame) -> None:
+    """The front as a line, its allocations in full colour, the others pale, and a ring around the knee."""
+    front = points["on_front"].astype(bool)
+    if front.sum() > 1:
+        axes.plot(x[front], y[front], color=_GREY, linewidth=1.2, zorder=2, label="front")
+    for i, (solver, rows) in enumerate(points.groupby("solver", sort=True)):
+        look = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": "none"}
+        best, others = rows.index[front[rows.index]], rows.index[~front[rows.index]]
+        axes.plot(x[others], y[others], **look, markersize=5, markeredgewidth=0, alpha=0.35, zorder=3)
+        axes.plot(x[best], y[best], **look, markersize=7, markeredgewidth=0, zorder=4, label=solver)
+    for i in points.index[points["knee"].astype(bool)]:
+        ring = {"marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgecolor": "black"}
+        axes.plot(x[i], y[i], **ring, linestyle="none", zorder=5, label=f"knee ({x[i]:.3g}, {y[i]:.3g})")
+
+
+def _cost_axis(points: pd.DataFrame, over: Cost) -> tuple[str, int]:
+    """The title of the cost axis, and by what to divide the costs."""
+    if over != "bytes":
+        return _COST_TITLES[over], 1
+    unit, scale = next(((unit, size) for unit, size in _BYTE_UNITS if points[over].max() >= size), ("bytes", 1))
+    return _COST_TITLES[over].format(unit=unit), scale
+
+
+def _loss_title(points: pd.DataFrame, loss: Loss) -> str:
+    measured = points["metric"].dropna().unique()
+    if loss == "kl" and len(measured) == 1 and measured[0] != "kl":
+        return f"{measured[0]} (search data)"
+    return _LOSS_TITLES[loss]
+
+
+def _origin(points: pd.DataFrame, loss: Loss) -> str:
+    """Where the figures come from, so that a picture passed on can be found again."""
+    run, data = points["run"].iloc[0], points["heldout_data"].iloc[0]
+    return f"run {run}" if loss == "kl" else f"run {run}, measured on {data}"

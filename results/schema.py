@@ -1,0 +1,170 @@
+"""The tables of the results store and their columns.
+
+The tables are literals of type names, so that columns can be checked and documented without pyarrow (which costs half a
+second to import); `arrow_schema` makes pyarrow's own object of one. Columns are only ever added, nullable, at the end
+of their table, together with a higher `SCHEMA_VERSION`; none is renamed or changes its type. So every layerwise reads
+every file: a column that is not there yet is NULL, one that it does not know is passed over.
+
+A number that could not be measured is NULL with a `status` that says why, never NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+COMMON: Mapping[str, str] = {
+    "run_id": "string",  # the run that computed the row; other runs find it through `stage_key`
+    "stage": "string",
+    "stage_key": "string",
+    "attempt": "int16",  # how many times the run had been started, from 1
+    "seq": "int64",  # position of the row among those of its run (`runs`, `stages`) or of its stage (the others)
+    "written_at": "timestamp",
+    "schema_version": "int16",
+}
+"""Columns that every table starts with; the store fills them in."""
+
+TABLES: Mapping[str, Mapping[str, str]] = {
+    "runs": {  # several rows per run, of which the latest holds
+        "name": "string",
+        "status": "string",  # running, ok, failed, stopped
+        "workflow_sha256": "string",
+        "resolved": "string",  # the workflow with all defaults, as JSON
+        "layerwise_version": "string",
+        "argv": "list<string>",
+        "executor": "string",
+        "started_at": "timestamp",
+        "ended_at": "timestamp",
+        "seconds": "float64",
+        "error_type": "string",
+        "error": "string",
+    },
+    "stages": {  # several rows per stage of a run, of which the latest holds
+        "uses": "string",
+        "cache": "string",  # hit, partial, miss
+        "reason": "string",
+        "status": "string",
+        "items_total": "int32",
+        "items_cached": "int32",
+        "output_digest": "string",
+        "seconds": "float64",
+        "peak_rss_bytes": "int64",
+        "error_type": "string",
+        "error": "string",
+    },
+    "units": {
+        "unit": "string",
+        "kind": "string",
+        "block": "int16",
+        "shape": "list<int32>",  # (out, in)
+        "n_weights": "int64",
+        "group": "string",  # units of one group share their level
+    },
+    "levels": {
+        "unit": "string",
+        "level": "string",
+        "method": "string",
+        "bits": "float32",
+        "group_size": "int32",
+        "sym": "bool",
+        "desc_act": "string",  # false, true, static
+        "damp_percent": "float32",
+        "effective_bits": "float64",  # per weight, everything stored
+        "size_bytes": "int64",
+        "weight_nmse": "float64",
+        "output_error": "float64",
+        "status": "string",
+        "error": "string",
+    },
+    "profile": {
+        "unit": "string",
+        "level": "string",
+        "metric": "string",
+        "value": "float64",
+        "stderr": "float64",
+        "n_tokens": "int64",
+        "status": "string",
+    },
+    "candidates": {
+        "candidate": "string",
+        "solver": "string",
+        "budget": "string",  # bits=3
+        "generation": "int32",
+        "round": "int16",
+        "draw": "int64",
+        "genome": "list<int16>",
+        "n_tokens": "int64",
+        "metric": "string",
+        "fitness": "float64",
+        "bits": "float64",  # average per weight
+        "effective_bits": "float64",
+        "bytes": "int64",
+        "status": "string",
+        "error": "string",
+    },
+    "allocations": {
+        "candidate": "string",
+        "solver": "string",
+        "budget": "string",
+        "seed": "int64",
+        "genome": "list<int16>",
+        "units": "list<string>",
+        "levels": "list<string>",  # the chosen level of each of `units`
+        "bits": "float64",  # average per weight
+        "effective_bits": "float64",
+        "bytes": "int64",
+        "predicted_loss": "float64",
+        "metric": "string",  # what `kl` is the value of
+        "kl": "float64",  # on the search data
+        "perplexity": "float64",
+        "lower_bound": "float64",
+        "gap": "float64",
+        "solver_status": "string",
+        "evaluations": "int64",
+        "tokens": "int64",  # evaluated by the search itself, the profile's not counted
+        "profile_tokens": "int64",
+        "seconds": "float64",
+    },
+    "metrics": {
+        "candidate": "string",  # an allocation's candidate, or `dense`
+        "source": "string",  # the stage that the evaluated model came from
+        "data": "string",
+        "metric": "string",
+        "value": "float64",
+        "stderr": "float64",
+        "n_tokens": "int64",
+        "status": "string",
+    },
+}
+"""Every table's own columns with their types."""
+
+RUN_TABLES = frozenset({"runs", "stages"})
+"""Tables whose rows tell about one start of a run. Those of the others are what a stage computed, in whichever run."""
+
+
+def columns_of(table: str) -> dict[str, str]:
+    """All columns of a table with their type names, the common ones first."""
+    return {**COMMON, **TABLES[table]}
+
+
+def arrow_schema(table: str) -> Any:
+    """The `pyarrow.Schema` of a table; its metadata carries `SCHEMA_VERSION`."""
+    import pyarrow as pa
+
+    types = {
+        "string": pa.string(),
+        "bool": pa.bool_(),
+        "int16": pa.int16(),
+        "int32": pa.int32(),
+        "int64": pa.int64(),
+        "float32": pa.float32(),
+        "float64": pa.float64(),
+        "timestamp": pa.timestamp("us", tz="UTC"),
+        "list<string>": pa.list_(pa.string()),
+        "list<int16>": pa.list_(pa.int16()),
+        "list<int32>": pa.list_(pa.int32()),
+    }
+    fields = [pa.field(name, types[kind]) for name, kind in columns_of(table).items()]
+    return pa.schema(fields, metadata={"layerwise_schema_version": str(SCHEMA_VERSION)})

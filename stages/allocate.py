@@ -1,0 +1,279 @@
+"""`allocate`: chooses one level for every unit, within each of the budgets.
+
+Separable solvers minimise a sum of profile entries and need no model. `evolve` measures whole candidates on a pool of
+replicas; its default start is the ILP solution, because on real models it reaches in one step what an evolution from a
+uniform start spends millions of tokens on. Every allocation that comes out is measured on the same search data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from layerwise.errors import UsageError
+from layerwise.solvers import PRESETS, SOLVERS, Evolve, Problem, Solution
+from layerwise.stages.allocation import RESOURCES, Allocation, CostTable, budget_text, save_allocations
+from layerwise.stages.contract import Context, Params, Port, Row, Stage
+from layerwise.stages.database import DatabaseIndex
+from layerwise.stages.registry import nearest
+from layerwise.stages.scoring import Pool, Request, evaluator_factory, score
+from layerwise.stages.text import tokenized
+
+Resource = Literal["bits", "effective_bits", "bytes"]
+ROWS_PER_FILE = 256
+"""Candidates are written in batches: reading a Parquet table costs per file, not per row."""
+
+
+class AllocateParams(Params):
+    """The solver, the budgets, and for a search how it searches."""
+
+    solver: str = Field("evolve", description="uniform, greedy, ilp, dp or evolve")
+    budgets: dict[Resource, float | list[float]] = Field(
+        min_length=1, description="upper limits; lists give one allocation for each combination. " + str(RESOURCES)
+    )
+    loss: Literal["kl", "output_error", "weight_nmse"] = Field(
+        "kl", description="the profile's metric that separable solvers add up"
+    )
+    tie: Literal["none", "fused"] = Field(
+        "none", description="fused: q/k/v and gate/up share one level, as serving engines need it"
+    )
+    data: str = Field("calibration", description="the text to search on, by its name in the workflow's data section")
+    seed: int = Field(0, ge=0, description="of a search")
+    batch_tokens: int = Field(2048, ge=1, description="tokens that run at a time")
+    start: Literal["ilp", "uniform", "random"] = Field("ilp", description="evolve: where the search starts")
+    fitness: Literal["kl", "perplexity"] = Field("kl", description="evolve: what is minimised")
+    preset: str | None = Field(None, description=f"evolve: published settings: {', '.join(PRESETS)}")
+    generations: int | None = Field(None, ge=0, description="evolve: overrides the preset")
+    offspring: int | None = Field(None, ge=1, description="evolve: candidates per generation")
+    survivors_per_selection: list[int] | None = Field(None, min_length=1, description="evolve: left after each round")
+    tokens_per_selection: list[int] | None = Field(None, min_length=1, description="evolve: tokens of each round")
+    patience: int | None = Field(None, ge=1, description="evolve: stop after so many generations without progress")
+    max_tokens: int | None = Field(None, ge=1, description="evolve: stop after so many evaluated tokens")
+
+    @field_validator("solver")
+    @classmethod
+    def _known_solver(cls, value: str) -> str:
+        known = [*SOLVERS, "evolve"]
+        if value not in known:
+            raise ValueError(f"'{value}' is no solver ({nearest(value, known)})")
+        return value
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str | None) -> str | None:
+        if value is not None and value not in PRESETS:
+            raise ValueError(f"'{value}' is no preset ({nearest(value, list(PRESETS))})")
+        return value
+
+    @field_validator("budgets")
+    @classmethod
+    def _positive(cls, value: dict[Resource, float | list[float]]) -> dict[Resource, float | list[float]]:
+        for resource, amounts in value.items():
+            amounts = amounts if isinstance(amounts, list) else [amounts]
+            if not amounts or not all(math.isfinite(amount) and amount > 0 for amount in amounts):
+                raise ValueError(f"{resource} must be one or more numbers above 0, got {value[resource]}")
+        return value
+
+    @property
+    def combinations(self) -> list[dict[str, float]]:
+        """Each budget to solve for: every combination of the lists."""
+        lists = [amounts if isinstance(amounts, list) else [amounts] for amounts in self.budgets.values()]
+        return [dict(zip(self.budgets, amounts, strict=True)) for amounts in itertools.product(*lists)]
+
+
+def allocate(context: Context, params: AllocateParams) -> None:
+    """Write `allocations.json`, one allocation per budget.
+
+    Raises:
+        InfeasibleBudget: a budget is below the least reachable.
+        UsageError: above the greatest reachable, or the solver lacks its profile.
+    """
+    table = CostTable(DatabaseIndex(context.input("database")))
+    losses, profile_tokens = _profiled_losses(context, params)
+    problems = {
+        budget_text(budget): (budget, table.problem(budget, tie=params.tie == "fused", losses=losses))
+        for budget in params.combinations
+    }
+    tokens = tokenized(context, params.data)
+    factory = evaluator_factory(
+        context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens
+    )
+    with context.executor.replicas(factory) as pool:
+        journal = _CandidateJournal(context, table, params)
+        found = []
+        for number, (text, (budget, problem)) in enumerate(problems.items()):
+            started = time.perf_counter()
+            if params.solver == "evolve":
+                solution, evaluations, searched = _evolve(context, params, problem, pool, journal, text, number)
+            else:
+                solution, evaluations, searched = SOLVERS[params.solver](problem), 0, 0
+            allocation = table.allocation(solution.choice.tolist(), solver=params.solver, budget=budget)
+            effort = {"evaluations": evaluations, "tokens": searched, "seconds": time.perf_counter() - started}
+            found.append((allocation, solution, effort))
+        journal.flush()
+        genomes = tuple(allocation.genome for allocation, _, _ in found)
+        scores = score(pool, Request(genomes, ("kl", "nll")), workers=context.executor.workers, note="allocations")
+    rows = []
+    allocations = []
+    for (allocation, solution, effort), measured in zip(found, scores, strict=True):
+        nll = measured["nll"]["mean"]
+        perplexity = None if nll is None else math.exp(nll)
+        allocation = replace(allocation, kl=measured["kl"]["mean"], perplexity=perplexity)
+        allocations.append(allocation)
+        rows.append(_row(allocation, solution) | effort | {"seed": params.seed, "profile_tokens": profile_tokens})
+    save_allocations(context.out, allocations)
+    context.record("allocations", rows)
+
+
+def _profiled_losses(
+    context: Context, params: AllocateParams
+) -> tuple[Sequence[Sequence[float | None]] | None, int]:
+    """The profile's table of the chosen metric, and the tokens that measuring it took."""
+    needed = params.solver not in ("uniform", "evolve") or (params.solver == "evolve" and params.start == "ilp")
+    if not context.inputs["profile"]:
+        if needed:
+            raise UsageError(
+                f"solver {params.solver}{' with start: ilp' if params.solver == 'evolve' else ''} needs a profile",
+                hint="add a `profile` stage to `needs`, or use start: uniform",
+            )
+        return None, 0
+    document = json.loads((context.inputs["profile"][0] / "profile.json").read_text(encoding="utf-8"))
+    if params.loss not in document["metrics"]:
+        raise UsageError(
+            f"the profile has no {params.loss}, only {', '.join(document['metrics'])}",
+            hint=f"add {params.loss} to the profile's metrics, or choose another loss",
+        )
+    losses: list[list[float | None]] = document["metrics"][params.loss]
+    return losses, document["evaluated_tokens"] if params.loss == "kl" else 0
+
+
+def _evolve(
+    context: Context,
+    params: AllocateParams,
+    problem: Problem,
+    pool: Pool,
+    journal: _CandidateJournal,
+    budget: str,
+    number: int,
+) -> tuple[Solution, int, int]:
+    """Search one budget; gives the solution, the candidates evaluated and the tokens spent."""
+    source = context.data[params.data]
+    search = Evolve(problem, start=_start(params, problem), seed=params.seed, **_settings(params, source.tokens))
+    metric = "kl" if params.fitness == "kl" else "nll"
+    evaluations = searched = 0
+    while not search.done:
+        ask = search.ask()
+        genomes = tuple(tuple(candidate.tolist()) for candidate in ask.candidates)
+        request = Request(genomes, (metric,), ask.tokens, ask.draw)
+        scores = score(pool, request, workers=context.executor.workers)
+        losses = [measured[metric]["mean"] for measured in scores]
+        search.tell([math.nan if loss is None else loss for loss in losses])
+        evaluations += len(genomes)
+        searched += sum(measured[metric]["n_tokens"] for measured in scores)
+        journal.add(budget, request, ask.generation, ask.round, scores)
+        budgets = len(params.combinations)
+        context.progress(
+            number * search.generations + min(ask.generation + 1, search.generations),
+            budgets * search.generations,
+            f"generations, {budget}, best {search.best.loss or math.nan:.4g}",
+        )
+    return search.best, evaluations, searched
+
+
+def _start(params: AllocateParams, problem: Problem) -> Solution | None:
+    if params.start == "random":
+        return None
+    return SOLVERS[params.start](problem)
+
+
+def _settings(params: AllocateParams, total_tokens: int) -> dict[str, Any]:
+    """The arguments of `Evolve` that the workflow sets; the preset has the rest."""
+    written = {
+        "preset": params.preset,
+        "generations": params.generations,
+        "offspring": params.offspring,
+        "survivors": params.survivors_per_selection,
+        "tokens": params.tokens_per_selection,
+        "patience": params.patience,
+        "max_tokens": params.max_tokens,
+        "total_tokens": total_tokens,
+    }
+    return {name: value for name, value in written.items() if value is not None}
+
+
+class _CandidateJournal:
+    """Turns every scored candidate into a row of the results store, in batches."""
+
+    def __init__(self, context: Context, table: CostTable, params: AllocateParams) -> None:
+        self.context, self.table, self.params = context, table, params
+        self.rows: list[Row] = []
+
+    def add(
+        self, budget: str, request: Request, generation: int, selection: int, scores: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Take in one round of a search."""
+        (metric,) = request.metrics
+        for genome, measured in zip(request.genomes, scores, strict=True):
+            fitness = measured[metric]["mean"]
+            self.rows.append(
+                {
+                    "candidate": self.table.candidate(genome),
+                    "solver": self.params.solver,
+                    "budget": budget,
+                    "generation": generation,
+                    "round": selection,
+                    "draw": request.draw,
+                    "genome": list(genome),
+                    "n_tokens": measured[metric]["n_tokens"],
+                    "metric": metric,
+                    "fitness": fitness,
+                    "status": "nan" if fitness is None else "ok",
+                    **self.table.describe(genome),
+                }
+            )
+        if len(self.rows) >= ROWS_PER_FILE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make what is there durable."""
+        if self.rows:
+            self.context.record("candidates", self.rows)
+        self.rows = []
+
+
+def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
+    return {
+        "candidate": allocation.candidate,
+        "solver": allocation.solver,
+        "budget": allocation.budget,
+        "genome": list(allocation.genome),
+        "units": list(allocation.levels),
+        "levels": list(allocation.levels.values()),
+        "bits": allocation.bits,
+        "effective_bits": allocation.effective_bits,
+        "bytes": allocation.bytes,
+        "predicted_loss": solution.loss,
+        "metric": "kl",
+        "kl": allocation.kl,
+        "perplexity": allocation.perplexity,
+        "lower_bound": solution.lower_bound,
+        "gap": solution.gap,
+        "solver_status": solution.status,
+    }
+
+
+STAGE = Stage(
+    "allocate",
+    AllocateParams,
+    allocate,
+    gives="allocations",
+    takes={"database": Port("database"), "profile": Port("profile", optional=True)},
+    data=("data",),
+)

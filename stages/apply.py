@@ -1,0 +1,86 @@
+"""`apply`: turns one allocation into a compressed model.
+
+Its artifact is the decoded weights of the units beside the allocation that they came from; see `applied.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from pydantic import Field
+
+from layerwise.errors import UsageError
+from layerwise.results.frontier import knee
+from layerwise.stages.allocation import Allocation, load_allocations
+from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
+from layerwise.stages.database import DatabaseIndex
+
+
+class ApplyParams(Params):
+    """Which allocation to take."""
+
+    pick: str = Field(
+        "knee",
+        description="knee: where the frontier of bits and KL bends; best: least KL; smallest: fewest bits; "
+        "a budget as it stands in the frontier (bits=3); or the first digits of a candidate",
+    )
+
+
+def apply(context: Context, params: ApplyParams) -> None:
+    """Write `allocation.json` and `weights.safetensors`.
+
+    Raises:
+        UsageError: nothing fits `pick`.
+    """
+    allocation = pick(load_allocations(context.input("allocations")), params.pick)
+    index = DatabaseIndex(context.input("database"))
+    if {unit["unit"] for unit in index.units} != set(allocation.levels):
+        raise UsageError("the allocations were made with another database", hint="give `apply` the same `compress` stage")
+    write = partial(_write_weights, model=context.model, database=context.input("database"), out=context.out)
+    context.executor.map(write, [allocation], note="models")
+
+
+def pick(allocations: list[Allocation], how: str) -> Allocation:
+    """One of several allocations; see `ApplyParams.pick`.
+
+    Raises:
+        UsageError: nothing fits.
+    """
+    measured = [allocation for allocation in allocations if allocation.kl is not None]
+    if how in ("knee", "best", "smallest") and not measured:
+        raise UsageError("no allocation has a finite KL", hint="raise the budget")
+    if how == "best":
+        return min(measured, key=lambda allocation: (allocation.kl, allocation.bits))
+    if how == "smallest":
+        return min(measured, key=lambda allocation: (allocation.bits, allocation.kl))
+    if how == "knee":
+        return measured[knee([a.bits for a in measured], [a.kl for a in measured])]
+    fitting = [a for a in allocations if a.budget == how or (len(how) >= 4 and a.candidate.startswith(how))]
+    if not fitting:
+        known = ", ".join(f"{allocation.budget} ({allocation.candidate})" for allocation in allocations)
+        raise UsageError(f"pick: '{how}' fits no allocation; there are {known}", hint="or use knee, best or smallest")
+    return fitting[0]
+
+
+def _write_weights(allocation: Allocation, *, model: ModelSource, database: Path, out: Path) -> None:
+    from layerwise.stages.applied import save_applied
+    from layerwise.stages.database import Database
+    from layerwise.stages.models.checkpoint import Checkpoint
+
+    checkpoint, levels = Checkpoint(model.path), Database(database)
+    tensors = {}
+    for unit in levels.units:
+        decoded = levels.decode(unit["unit"], allocation.levels[unit["unit"]])
+        stored = checkpoint.read(unit["tensor"])
+        tensors[unit["tensor"]] = (decoded.T if unit["transposed"] else decoded).to(stored.dtype).contiguous()
+    save_applied(out, allocation, tensors, {unit["unit"]: unit["tensor"] for unit in levels.units})
+
+
+STAGE = Stage(
+    "apply",
+    ApplyParams,
+    apply,
+    gives="model",
+    takes={"allocations": Port("allocations"), "database": Port("database")},
+)

@@ -1,0 +1,168 @@
+"""What a stage is, and what it is handed.
+
+A stage is a pure function of its input artifacts and its parameters: it reads no environment variable, writes only into
+its own output folder, and gets its parallelism, its progress bar and its way into the results store handed in. Then
+caching and resume are correct by construction, and the same stage runs in a notebook, in a test and on Ray.
+
+This module imports neither torch nor Ray, and no stage module imports them at its top, because `layerwise validate`
+and a fully cached `layerwise run` need every stage's parameters but none of its work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+Row = Mapping[str, Any]
+"""One record of a results table; columns as in `layerwise.results.schema`."""
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class Params(BaseModel):
+    """Base of every stage's and every method's parameters: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input of a stage.
+
+    Args:
+        type: the artifact type that it takes, as in `Stage.gives` of the producer.
+        many: any number of artifacts, not exactly one.
+        optional: may stay empty.
+    """
+
+    type: str
+    many: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the pipeline knows of a stage before it runs.
+
+    Args:
+        name: the word after `uses:`.
+        params: the model of `with:`.
+        run: the work; it writes its artifact into `context.out`.
+        gives: the type of the artifact that it leaves.
+        takes: its inputs by name.
+        data: the parameters that name an entry of the workflow's `data:` section.
+        reports: true when what it measures must come from text that nothing was calibrated or searched on.
+        impl: raised by hand whenever the same inputs would give other bytes; part of the stage's key.
+    """
+
+    name: str
+    params: type[Params]
+    run: Callable[[Context, Any], None]
+    gives: str
+    takes: Mapping[str, Port] = field(default_factory=dict)
+    data: tuple[str, ...] = ()
+    reports: bool = False
+    impl: int = 1
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The dense model: a local folder with safetensors, and the dtype it is computed in (`float32`, ...)."""
+
+    path: Path
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Text for calibration, search or reporting.
+
+    Args:
+        name: its key in the workflow's `data:` section.
+        paths: UTF-8 text files, read in this order.
+        sequence_length: tokens of one sequence.
+        tokens: how many tokens to use, spread evenly over the text; None for all.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    sequence_length: int
+    tokens: int | None = None
+
+
+class Replicas(Protocol[Item, Answer]):
+    """Copies of one loaded object (a model, say) that answer calls in parallel."""
+
+    def map(self, items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
+        """Answer every item; the answers stand in the order of the items, whoever finished first.
+
+        Args:
+            items: as in `Executor.map`.
+            keys: as in `Executor.map`.
+            note: as in `Executor.map`; empty when the stage reports its own progress.
+        """
+        ...
+
+
+class Executor(Protocol):
+    """Where work inside a stage runs: in this process or on Ray."""
+
+    def map(
+        self, fn: Callable[[Item], Answer], items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = ""
+    ) -> list[Answer]:
+        """Call `fn` on every item, in parallel; answers in the order of the items.
+
+        Args:
+            fn: a function of a module (not a lambda), so that a worker can import it.
+            items: picklable, and small: paths and names rather than tensors.
+            keys: one name per item. With them each answer is stored as it arrives, so an interrupted stage repeats
+                no finished item; an answer must then be JSON, and whatever else `fn` writes must stand under
+                `Context.items` before it returns.
+            note: what the items are ("units", "shards"), for the progress display.
+        """
+        ...
+
+    def replicas(self, factory: Callable[[], Callable[[Item], Answer]]) -> AbstractContextManager[Replicas[Item, Answer]]:
+        """Load `factory()` once per worker and keep it there; a lost worker is replaced and its call repeated."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """How many items run at a time."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a stage may touch.
+
+    Args:
+        out: its output folder, empty at the start; what stands there at the end is the artifact.
+        items: a folder that survives an interruption of this very stage, for files of finished items.
+        model: the dense model.
+        data: the workflow's texts by name.
+        inputs: artifact folders by port; a port that is not `many` has exactly one.
+        executor: its parallelism.
+        record: appends rows to a results table; they are durable when it returns.
+        progress: `(done, total, note)`.
+    """
+
+    out: Path
+    items: Path
+    model: ModelSource
+    data: Mapping[str, TextSource]
+    inputs: Mapping[str, tuple[Path, ...]]
+    executor: Executor
+    record: Callable[[str, Sequence[Row]], None]
+    progress: Callable[[int, int, str], None]
+
+    def input(self, port: str) -> Path:
+        """The one artifact folder of a port."""
+        (path,) = self.inputs[port]
+        return path

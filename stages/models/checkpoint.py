@@ -1,0 +1,105 @@
+"""Reads single tensors of a Hugging Face checkpoint, memory-mapped, without building the model.
+
+A worker that compresses one unit needs one weight; loading a 16 GB model for it would be absurd. Only safetensors are
+read: other formats run code while loading.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerwise.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Width of the dtypes that safetensors names in its header; 8-bit floats are all called F8_*."""
+
+
+class Checkpoint:
+    """The weights of a model folder, by tensor name.
+
+    Args:
+        folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+    Raises:
+        UnsupportedModel: there are no safetensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not self.files:
+            raise UnsupportedModel(
+                f"{folder} holds no safetensors weights",
+                hint="save the model with `save_pretrained` (safetensors is its default); pickled weights are not read",
+            )
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, in name order."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return tuple(self.folder / shard for shard in sorted(set(shards)))
+        return tuple(sorted(self.folder.glob("*.safetensors")))
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+        """Tensor name to (file, dtype as safetensors writes it, shape)."""
+        found = {}
+        for file in self.files:
+            for name, (dtype, shape) in read_header(file).items():
+                found[name] = (file, dtype, shape)
+        return found
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.tensor_bytes(name) for name in self.headers)
+
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of one tensor."""
+        _, dtype, shape = self.headers[name]
+        size = BYTES_OF_DTYPE.get(dtype, 1)
+        for length in shape:
+            size *= length
+        return size
+
+    def find(self, name: str, shape: tuple[int, ...], prefix: str) -> str | None:
+        """The stored name of a parameter: base models are saved with or without their prefix (`model.`, `transformer.`)."""
+        for candidate in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}"):
+            if candidate in self.headers and self.headers[candidate][2] == shape:
+                return candidate
+        return None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        from safetensors import safe_open
+
+        with safe_open(self.headers[name][0], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes in a safetensors file, from its header alone.
+
+    Raises:
+        UnsupportedModel: the file is cut short or no safetensors file.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            size = file.stat().st_size
+            if length > size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        if any(8 + length + entry["data_offsets"][1] > size for entry in header.values()):
+            raise ValueError("the file is cut short")
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"cannot read {file}: {error}", hint="copy or download the model again") from error
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}

@@ -1,0 +1,46 @@
+"""Tables of `name: "module:object"`, ours first, then those of installed packages.
+
+A literal table can be read and grepped, and means the same in every process; entry points let other people's packages
+join without touching ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from layerwise.errors import UsageError
+
+
+def names(table: Mapping[str, str], group: str) -> list[str]:
+    """Every name on offer, ours before those of other packages."""
+    return [*table, *(point.name for point in entry_points(group=group) if point.name not in table)]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A half sentence that leads from a wrong name to the right one."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def lookup(name: str, table: Mapping[str, str], *, group: str, kind: str) -> Any:
+    """The object behind a name.
+
+    Args:
+        name: as the user wrote it.
+        table: ours, `{name: "module:object"}`.
+        group: the entry point group where other packages offer theirs.
+        kind: what the thing is called in an error ("stage", "compressor").
+    Raises:
+        UsageError: nobody offers the name.
+    """
+    if name in table:
+        module, _, attribute = table[name].partition(":")
+        return getattr(import_module(module), attribute)
+    for point in entry_points(group=group):
+        if point.name == name:
+            return point.load()
+    raise UsageError(f"unknown {kind} '{name}' ({nearest(name, names(table, group))})")

@@ -1,0 +1,119 @@
+"""What the driver and a model replica say to each other: candidates out, measurements back.
+
+Free of torch, so that the process that steers a search never loads a model. `layerwise.stages.evaluator` is the other
+end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from layerwise.stages.contract import Context, ModelSource, Replicas
+
+DENSE = -1
+"""The genome entry of a unit that keeps its own weight."""
+
+METRICS = ("kl", "nll", "agreement")
+"""What can be measured, each a mean over tokens: KL(dense || candidate) in nats, negative log-likelihood of the next
+token in nats (perplexity is its exponential), share of positions where both predict the same token."""
+
+Genome = tuple[int, ...]
+"""Level index of every unit, in the database's order, or DENSE."""
+
+Measurement = dict[str, Any]
+"""`mean` and `stderr` over sequences (None where not finite), `n_tokens` read, and, on request, `sequences`: the mean of
+each."""
+
+Score = dict[str, Measurement]
+"""Metric to measurement, for one genome."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Candidates to score on the same tokens.
+
+    Args:
+        genomes: the candidates.
+        metrics: from METRICS.
+        tokens: how many tokens to use; None for all.
+        draw: seed for which ones.
+        sequences: also give the mean of every sequence.
+    """
+
+    genomes: tuple[Genome, ...]
+    metrics: tuple[str, ...] = ("kl",)
+    tokens: int | None = None
+    draw: int = 0
+    sequences: bool = False
+
+    @property
+    def key(self) -> str:
+        """The same for the same request: its name in the journal of an interrupted stage."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
+
+
+Pool = Replicas[Request, list[Score]]
+
+
+def evaluator_factory(
+    context: Context, tokens: Path, *, database: Path | None = None, models: Sequence[Path] = (), batch_tokens: int
+) -> Callable[[], Callable[[Request], list[Score]]]:
+    """What `Executor.replicas` takes: loads a model, text and levels on a worker.
+
+    Args:
+        context: the stage's.
+        tokens: from `layerwise.stages.text.tokenized`.
+        database: genomes choose levels of this database, or
+        models: compressed models, in which case level i of every unit is that of model i.
+        batch_tokens: tokens that run at a time.
+    """
+    return partial(_open_evaluator, context.model, tokens, database, tuple(models), batch_tokens)
+
+
+def _open_evaluator(
+    model: ModelSource, tokens: Path, database: Path | None, models: tuple[Path, ...], batch_tokens: int
+) -> Callable[[Request], list[Score]]:
+    from layerwise.stages.applied import AppliedModels
+    from layerwise.stages.database import Database
+    from layerwise.stages.evaluator import Evaluator
+    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.text import load_sequences
+
+    levels = Database(database) if database else AppliedModels(models)
+    return Evaluator(CausalLM.load(model), load_sequences(tokens), levels, batch_tokens=batch_tokens)
+
+
+def score(pool: Pool, request: Request, *, workers: int, note: str = "") -> list[Score]:
+    """Score a request on all replicas.
+
+    Candidates are sorted, so that those with common first blocks meet on one replica, and split into a few parts; a
+    candidate's numbers do not depend on its company.
+
+    Args:
+        pool: the replicas.
+        request: any number of genomes.
+        workers: how many replicas there are.
+        note: what is being done, for the progress display.
+    Returns:
+        one score per genome, in their order.
+    """
+    order = sorted(range(len(request.genomes)), key=request.genomes.__getitem__)
+    parts = [part for part in _split(order, workers) if part]
+    requests = [replace(request, genomes=tuple(request.genomes[number] for number in part)) for part in parts]
+    answers = pool.map(requests, keys=[part.key for part in requests], note=note)
+    scores: list[Score] = [{} for _ in order]
+    for part, answer in zip(parts, answers, strict=True):
+        for number, measured in zip(part, answer, strict=True):
+            scores[number] = measured
+    return scores
+
+
+def _split(order: Sequence[int], parts: int) -> list[Sequence[int]]:
+    bounds = [len(order) * part // parts for part in range(parts + 1)]
+    return [order[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]

@@ -1,0 +1,99 @@
+"""Text into sequences of token ids.
+
+The whole text is one stream of tokens, cut into sequences of equal length, as GPTQ and EvoPress do it. When fewer
+tokens are asked for than there are, the sequences are spread evenly over the text, so that no seed is needed and one
+chapter does not stand for the book. The ids are written once per stage and memory-mapped by every worker.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerwise.errors import DataError
+from layerwise.stages.contract import Context, TextSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def tokenized(context: Context, name: str) -> Path:
+    """Path of the sequences of one of the workflow's texts, tokenized on a worker if need be.
+
+    Args:
+        context: the stage's.
+        name: key in the workflow's `data:` section.
+    Returns:
+        an .npy file, (sequences, length), int32.
+    Raises:
+        DataError: the text is shorter than one sequence, or than the tokens asked for.
+    """
+    target = context.items / f"tokens-{name}.npy"
+    write = partial(_write_sequences, model=context.model.path, target=target)
+    context.executor.map(write, [context.data[name]], keys=[f"tokens-{name}"], note="tokenizing")
+    return target
+
+
+def load_sequences(path: Path) -> Tensor:
+    """The sequences that `tokenized` left, as (sequences, length) int64."""
+    import torch
+
+    return torch.from_numpy(np.load(path).astype(np.int64))
+
+
+def _write_sequences(source: TextSource, *, model: Path, target: Path) -> dict[str, Any]:
+    sequences = cut(encode(source, model), source)
+    temporary = target.with_suffix(".partial")
+    with temporary.open("wb") as stream:
+        np.save(stream, sequences)
+    temporary.replace(target)
+    return {"sequences": len(sequences)}
+
+
+def encode(source: TextSource, model: Path) -> NDArray[np.int32]:
+    """Token ids of a whole text, in one stream."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        text = "\n\n".join(path.read_text(encoding="utf-8") for path in source.paths)
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.{source.name}: not UTF-8 text ({error})") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.{source.name}: {error}", hint="the model folder must hold its tokenizer") from error
+    return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int32)
+
+
+def cut(ids: NDArray[np.int32], source: TextSource) -> NDArray[np.int32]:
+    """Sequences of equal length out of a stream of tokens.
+
+    Args:
+        ids: (tokens,).
+        source: says how long and how many.
+    Returns:
+        (sequences, length), int32.
+    Raises:
+        DataError: not enough tokens.
+    """
+    length = source.sequence_length
+    available = len(ids) // length
+    if available == 0:
+        raise DataError(
+            f"data.{source.name}: the text has {len(ids)} tokens, fewer than one sequence of {length}",
+            hint="give more text or a shorter sequence_length",
+        )
+    wanted = available if source.tokens is None else max(1, source.tokens // length)
+    if wanted > available:
+        raise DataError(
+            f"data.{source.name}: {source.tokens} tokens asked for, but the text has {len(ids)} "
+            f"({available} sequences of {length})",
+            hint="ask for fewer tokens or give more text",
+        )
+    starts = np.arange(wanted) * available // wanted * length
+    return np.stack([ids[start : start + length] for start in starts])

@@ -1,0 +1,229 @@
+"""The journal: no answer is worked out twice, and none is believed that cannot be read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerwise.errors import DiskFull
+from layerwise.pipeline.executors import journal as journal_module
+from layerwise.pipeline.executors.inline import InlineExecutor
+from layerwise.pipeline.executors.journal import JournaledExecutor
+
+KEYS = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "a/b c"]
+
+
+class Recorder(InlineExecutor):
+    """Counts what reaches the workers, and whether a stream was closed before its end."""
+
+    def __init__(self) -> None:
+        super().__init__(check_pickle=True)
+        self.sent: list[Any] = []
+        self.closed_early = False
+
+    def stream(
+        self, fn: Callable[[Any], Any], items: Sequence[Any], names: Sequence[str] | None = None
+    ) -> Generator[tuple[int, Any], None, None]:
+        self.sent += items
+        try:
+            yield from super().stream(fn, items, names)
+        except GeneratorExit:
+            self.closed_early = True
+            raise
+
+
+def pair(number: int) -> Any:
+    return {"pair": (number, number + 1), 3: None}
+
+
+def pair_with(offset: int, number: int) -> Any:
+    return pair(number + offset)
+
+
+def refuse_three(number: int) -> int:
+    if number == 3:
+        raise ValueError(number)
+    return number
+
+
+def load(folder: Path) -> Callable[[int], int]:
+    def call(number: int) -> int:
+        (folder / str(len(list(folder.iterdir())))).touch()
+        return refuse_three(number)
+
+    return call
+
+
+def open_journal(folder: Path, **options: Any) -> tuple[JournaledExecutor, Recorder]:
+    raw = Recorder()
+    return JournaledExecutor(raw, folder / "answers", tmp=folder / "tmp", **options), raw
+
+
+def test_a_second_attempt_works_on_nothing_and_answers_the_same(tmp_path: Path) -> None:
+    first, raw = open_journal(tmp_path)
+    answers = first.map(pair, [1, 2, 3], keys=KEYS)
+    assert answers == [{"pair": [n, n + 1], "3": None} for n in (1, 2, 3)]  # as JSON gives it, new or found
+    assert (raw.sent, first.items_total, first.items_cached) == ([1, 2, 3], 3, 0)
+    second, raw = open_journal(tmp_path)
+    assert second.map(pair, [1, 2, 3], keys=KEYS) == answers
+    assert (raw.sent, second.items_total, second.items_cached) == ([], 3, 3)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_what_was_finished_before_a_failure_is_kept(tmp_path: Path) -> None:
+    first, _ = open_journal(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        first.map(refuse_three, [1, 2, 3, 4], keys=["a", "b", "c", "d"])
+    assert caught.value.__notes__ == ["while working on c"]
+    second, raw = open_journal(tmp_path)
+    with pytest.raises(ValueError):
+        second.map(refuse_three, [1, 2, 3, 4], keys=["a", "b", "c", "d"])
+    assert raw.sent == [3, 4]
+
+
+def test_a_killed_driver_repeats_no_finished_item(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+from layerwise.pipeline.executors.inline import InlineExecutor
+from layerwise.pipeline.executors.journal import JournaledExecutor
+folder = Path(sys.argv[1])
+def work(number):
+    tries = len(list(folder.glob(f"{number}-*")))
+    (folder / f"{number}-{tries}").touch()
+    if number in (2, 4) and tries == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+journal = JournaledExecutor(InlineExecutor(), folder / "answers", tmp=folder / "tmp")
+print(journal.map(work, list(range(6)), keys=[str(n) for n in range(6)]), journal.items_cached)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    ends = [subprocess.run(command, check=False, capture_output=True, text=True) for _ in range(3)]
+    assert [end.returncode for end in ends] == [-9, -9, 0]
+    assert ends[-1].stdout == "[0, 1, 4, 9, 16, 25] 4\n"
+    tries = sorted(path.name for path in tmp_path.glob("[0-9]-*"))
+    assert tries == ["0-0", "1-0", "2-0", "2-1", "3-0", "4-0", "4-1", "5-0"]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"key": ', b"\xff\xfe", b"[]", b"null", b'{"key": "other", "answer": 5}', b'{"answer": 5}']
+)
+def test_a_damaged_answer_is_worked_out_again_and_mended(tmp_path: Path, damage: bytes) -> None:
+    first, _ = open_journal(tmp_path)
+    answers = first.map(pair, [1, 2, 3], keys=KEYS)
+    (victim,) = (tmp_path / "answers").rglob(f"{KEYS[1]}.json")
+    victim.write_bytes(damage)
+    for expected in ([2], []):
+        journal, raw = open_journal(tmp_path)
+        assert journal.map(pair, [1, 2, 3], keys=KEYS) == answers
+        assert raw.sent == expected
+
+
+def test_an_answer_is_stored_before_the_next_one_is_looked_at(tmp_path: Path) -> None:
+    stored = []
+
+    def count(done: int, total: int, note: str) -> None:
+        stored.append((done, len(list((tmp_path / "answers").rglob("*.json")))))
+
+    open_journal(tmp_path, progress=count)[0].map(pair, [1, 2, 3], keys=KEYS, note="units")
+    assert stored == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_progress_starts_with_what_was_found_and_needs_a_note(tmp_path: Path) -> None:
+    open_journal(tmp_path)[0].map(pair, [1, 2], keys=KEYS[:2])
+    calls: list[tuple[int, int, str]] = []
+    journal, _ = open_journal(tmp_path, progress=lambda *call: calls.append(call))
+    journal.map(pair, [1, 2, 3], keys=KEYS, note="units")
+    assert calls == [(2, 3, "units"), (3, 3, "units")]
+    journal.map(pair, [1], note="")
+    assert len(calls) == 2
+
+
+def test_without_keys_nothing_is_stored_and_answers_stay_as_they_are(tmp_path: Path) -> None:
+    journal, _ = open_journal(tmp_path)
+    assert journal.map(pair, [1]) == [{"pair": (1, 2), 3: None}]
+    assert not (tmp_path / "answers").exists()
+
+
+def test_the_same_keys_may_go_through_two_functions(tmp_path: Path) -> None:
+    for _ in range(2):
+        journal, _ = open_journal(tmp_path)
+        assert journal.map(refuse_three, [1], keys=["a"]) == [1]
+        assert journal.map(pair, [1], keys=["a"]) == [{"pair": [1, 2], "3": None}]
+
+
+def test_one_name_for_two_pieces_of_work_is_refused(tmp_path: Path) -> None:
+    journal, _ = open_journal(tmp_path)
+    with pytest.raises(AssertionError, match="same key"):
+        journal.map(pair, [1, 2], keys=["a", "a"])
+    journal.map(partial(pair_with, 1), [1], keys=["a"])
+    with pytest.raises(AssertionError, match="'a' was already given to another pair_with"):
+        journal.map(partial(pair_with, 2), [1], keys=["a"])
+    with pytest.raises(AssertionError, match="one key per item"):
+        journal.map(pair, [1, 2], keys=["b"])
+
+
+def test_an_answer_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="JSON"):
+        open_journal(tmp_path)[0].map(bytes, [1], keys=["a"])
+
+
+def test_a_full_disk_stops_the_work_and_keeps_what_was_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = journal_module.publish_file
+
+    def full_at_the_second(path: Path, data: bytes, tmp: Path) -> bool:
+        if path.name == f"{KEYS[1]}.json":
+            raise DiskFull("no space")
+        return publish(path, data, tmp)
+
+    journal, raw = open_journal(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(DiskFull):
+        patch.setattr(journal_module, "publish_file", full_at_the_second)
+        journal.map(pair, [1, 2, 3], keys=KEYS)
+    assert raw.closed_early
+    again, raw = open_journal(tmp_path)
+    again.map(pair, [1, 2, 3], keys=KEYS)
+    assert raw.sent == [2, 3]
+
+
+def test_replicas_answer_from_the_journal_too(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    for attempt in range(2):
+        journal = JournaledExecutor(InlineExecutor(), tmp_path / "answers", tmp=tmp_path / "tmp")
+        with journal.replicas(partial(load, calls)) as replicas:
+            assert replicas.map([1, 2], keys=["a", "b"]) == [1, 2]
+            assert replicas.map([2, 4], keys=["b", "c"]) == [2, 4]  # the same candidate again
+            assert replicas.map([5]) == [5]
+        assert (journal.items_total, journal.items_cached) == (5, 1 if attempt == 0 else 4)
+    assert len(list(calls.iterdir())) == 4 + 1
+
+
+def test_two_sets_of_replicas_do_not_share_a_key(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    journal, _ = open_journal(tmp_path)
+    with journal.replicas(partial(load, calls)) as replicas:
+        replicas.map([1], keys=["a"])
+    with journal.replicas(partial(load, calls)) as replicas, pytest.raises(AssertionError, match="already"):
+        replicas.map([2], keys=["a"])
+
+
+@given(st.lists(st.text(max_size=160), unique=True, max_size=6))
+def test_every_key_has_a_file_name_of_its_own(keys: list[str]) -> None:
+    names = [journal_module._file_name(key) for key in keys]
+    assert len(set(names)) == len(keys)
+    for name in names:
+        assert Path(name).name == name and not name.startswith(".") and len(name) < 200 and name.isascii()
+
+
+def test_names_of_units_stay_readable_on_disk() -> None:
+    assert journal_module._file_name(KEYS[0]) == KEYS[0]

@@ -1,0 +1,200 @@
+"""The front is exactly what a pairwise comparison says, and a run's allocations are found whoever computed them."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerwise.errors import UsageError
+from layerwise.results.frontier import COLUMNS, dense_losses, frontier_table, knee, non_dominated
+from layerwise.results.store import Store
+
+COORDINATE = st.one_of(st.integers(0, 4).map(float), st.sampled_from([math.nan, math.inf, -math.inf]), st.floats())
+POINTS = st.integers(1, 3).flatmap(lambda d: st.lists(st.lists(COORDINATE, min_size=d, max_size=d), min_size=1))
+
+
+def front_by_pairs(points: list[list[float]]) -> list[bool]:
+    """The definition, word by word."""
+
+    def beats(a: list[float], b: list[float]) -> bool:
+        return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+    known = [point for point in points if not any(map(math.isnan, point))]
+    return [point in known and not any(beats(other, point) for other in known) for point in points]
+
+
+@given(POINTS)
+def test_the_front_is_what_comparing_all_pairs_gives(points: list[list[float]]) -> None:
+    assert non_dominated(points).tolist() == front_by_pairs(points)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
+def test_equal_points_are_on_the_front_together(points: list[tuple[int, int]]) -> None:
+    front = non_dominated(points)
+    assert all(front[i] == front[points.index(point)] for i, point in enumerate(points))
+
+
+@given(POINTS.map(np.array), st.randoms())
+def test_the_order_of_the_points_does_not_matter(points: np.ndarray, random: object) -> None:
+    order = np.random.default_rng(random.getrandbits(32)).permutation(len(points))
+    assert non_dominated(points[order]).tolist() == non_dominated(points)[order].tolist()
+
+
+def test_no_points_have_no_front() -> None:
+    for dimensions in (1, 2, 3):
+        assert non_dominated(np.empty((0, dimensions))).shape == (0,)
+
+
+def test_a_large_front_is_a_falling_staircase() -> None:
+    points = np.random.default_rng(0).normal(size=(100_000, 2)).round(3)
+    front = points[non_dominated(points)]
+    stairs = np.unique(front, axis=0)
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(stairs))
+    assert all(((stairs <= point).all(axis=1)).any() for point in points[:1000])
+
+
+def test_the_knee_of_a_corner_is_the_corner() -> None:
+    assert knee([2, 3, 4, 8], [10, 1, 0.9, 0.8]) == 1
+    assert knee([8, 4, 3, 2], [0.8, 0.9, 1, 10]) == 2
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=2, max_size=12),
+    st.lists(st.integers(1, 50), min_size=2, max_size=12),
+    st.floats(0.001, 1000),
+)
+def test_the_knee_is_the_point_furthest_below_the_chord_in_any_unit(
+    steps: list[int], drops: list[int], unit: float
+) -> None:
+    size = min(len(steps), len(drops))
+    x, y = np.cumsum([0, *steps[:size]]) * 1.0, -np.cumsum([0, *drops[:size]]) * 1.0
+    a, b = np.array([x[0], y[0]]), np.array([x[-1], y[-1]])
+    # Twice the area of the triangle (a, b, point) over the chord's length, after stretching the front to a square.
+    u, v = (x - x[0]) / (b[0] - a[0]), (y - b[1]) / (a[1] - b[1])
+    distance = ((1 - u) - v) / math.sqrt(2)
+    found = knee(x * unit, y / unit)
+    if distance.max() < 1e-9:
+        assert found is None
+    else:
+        assert found is not None
+        assert distance[found] == pytest.approx(distance.max(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([], []), ([1], [1]), ([1, 2], [2, 1]), ([1, 2, 3], [3, 2, 1]), ([1, 2, 3], [3, 2.9, 0]),
+                 ([1, 1, 1], [3, 3, 3])]
+)  # fmt: skip
+def test_a_front_that_does_not_bend_has_no_knee(x: list[float], y: list[float]) -> None:
+    assert knee(x, y) is None
+
+
+def rows(store: Store, *columns: str, **how: object) -> list[list[object]]:
+    return frontier_table(store, **how)[list(columns)].values.tolist()
+
+
+def evaluated(store: Store, *measurements: tuple[str, str, str, float], data: str = "held", first_seq: int = 0) -> None:
+    records = [
+        {"candidate": c, "source": s, "metric": m, "value": v, "data": data, "status": "ok"}
+        for c, s, m, v in measurements
+    ]
+    at = {"run_id": "run-b", "stage": "evaluate", "stage_key": "e" * 64, "attempt": 1, "first_seq": first_seq}
+    store.append("metrics", records, **at)
+
+
+ALL = (("aaa111", "find", "kl", 1.0), ("aab222", "find", "kl", 0.3), ("ccc333", "find", "kl", 0.1),
+       ("ddd444", "ilp", "kl", 0.2))  # fmt: skip
+
+
+def test_without_an_evaluation_the_front_is_over_the_search_loss(two_runs: Store) -> None:
+    frame = frontier_table(two_runs, "run-a")
+    assert list(frame.columns) == COLUMNS
+    assert frame[["candidate", "bits", "kl", "ranked_by", "stage"]].values.tolist() == [
+        ["aaa111", 2.0, 0.9, "kl", "search"],
+        ["aab222", 3.0, 0.2, "kl", "search"],
+        ["ccc333", 4.0, 0.1, "kl", "search"],
+    ]
+    assert frame["knee"].tolist() == [False, True, False]
+    assert frame[["heldout_kl", "heldout_perplexity", "heldout_data"]].isna().all(axis=None)
+    assert rows(two_runs, "ranked_by", run="run-a", loss="heldout_kl") == [["kl"]] * 3
+
+
+def test_a_run_that_hit_the_cache_shows_the_rows_under_its_own_names(two_runs: Store) -> None:
+    assert rows(two_runs, "run", "stage", "candidate", dominated=True) == [
+        ["run-b", "find", "aaa111"],
+        ["run-b", "find", "aab222"],
+        ["run-b", "ilp", "ddd444"],
+        ["run-b", "find", "ccc333"],
+    ]
+
+
+def test_held_out_figures_rank_the_front_once_every_allocation_has_them(two_runs: Store) -> None:
+    evaluated(two_runs, *ALL[:3])
+    assert rows(two_runs, "ranked_by") == [["kl"]] * 3
+    evaluated(two_runs, ALL[3], first_seq=3)
+    assert rows(two_runs, "candidate", "heldout_kl", "ranked_by") == [
+        ["aaa111", 1.0, "heldout_kl"],
+        ["ddd444", 0.2, "heldout_kl"],
+        ["ccc333", 0.1, "heldout_kl"],
+    ]
+
+
+def test_a_loss_asked_for_by_name_leaves_out_what_has_none(two_runs: Store) -> None:
+    evaluated(two_runs, ("aab222", "find", "perplexity", 8.0), ("ccc333", "find", "perplexity", 9.0))
+    assert rows(two_runs, "candidate", loss="heldout_perplexity") == [["aab222"]]
+    found = rows(two_runs, "candidate", "on_front", loss="heldout_perplexity", dominated=True)
+    assert found == [["aaa111", False], ["aab222", True], ["ddd444", False], ["ccc333", False]]
+
+
+def test_figures_of_an_applied_allocation_count_and_those_of_a_repaired_one_do_not(two_runs: Store) -> None:
+    evaluated(two_runs, ("aab222", "repaired", "kl", 0.01), ("aab222", "best", "kl", 0.3))
+    evaluated(two_runs, ("ccc333", "repaired", "kl", 0.005), first_seq=2)
+    assert rows(two_runs, "heldout_kl", loss="heldout_kl") == [[0.3]]
+
+
+def test_the_same_id_from_two_searches_keeps_its_own_figure(two_runs: Store) -> None:
+    at = {"run_id": "run-a", "stage": "ilp", "stage_key": "i" * 64, "attempt": 1, "first_seq": 1}
+    two_runs.append("allocations", [{"candidate": "aab222", "solver": "ilp", "bits": 3.0, "kl": 0.2}], **at)
+    evaluated(two_runs, ("aab222", "find", "kl", 0.3), ("aab222", "ilp", "kl", 0.7))
+    found = rows(two_runs, "stage", "heldout_kl", loss="heldout_kl", dominated=True)
+    assert ["find", 0.3] in found
+    assert ["ilp", 0.7] in found
+
+
+def test_figures_on_two_texts_are_not_mixed(two_runs: Store) -> None:
+    evaluated(two_runs, *ALL)
+    evaluated(two_runs, ("aaa111", "find", "kl", 5.0), ("dense", "find", "perplexity", 7.0), data="other", first_seq=4)
+    evaluated(two_runs, ("dense", "find", "perplexity", 6.0), first_seq=6)
+    assert rows(two_runs, "heldout_kl", "heldout_data")[0] == [1.0, "held"]
+    assert rows(two_runs, "heldout_kl", "heldout_data", data="other", loss="heldout_kl") == [[5.0, "other"]]
+    assert dense_losses(two_runs) == {"heldout_perplexity": 6.0}
+    assert dense_losses(two_runs, data="other") == {"heldout_perplexity": 7.0}
+    assert dense_losses(two_runs, "run-a") == {}
+
+
+def test_a_measurement_that_failed_is_no_figure(two_runs: Store) -> None:
+    at = {"run_id": "run-b", "stage": "evaluate", "stage_key": "e" * 64, "attempt": 1, "first_seq": 9}
+    failed = {"candidate": "aab222", "source": "find", "metric": "kl", "data": "held", "value": math.nan}
+    two_runs.append("metrics", [{**failed, "status": "nan"}], **at)
+    evaluated(two_runs, ("aaa111", "find", "kl", 1.0))
+    assert rows(two_runs, "candidate", loss="heldout_kl") == [["aaa111"]]
+
+
+@pytest.mark.parametrize("over", ["bits", "effective_bits", "bytes"])
+def test_the_front_can_be_over_any_cost(two_runs: Store, over: str) -> None:
+    frame = frontier_table(two_runs, over=over)
+    assert frame["candidate"].tolist() == ["aaa111", "aab222", "ccc333"]
+    assert frame[over].is_monotonic_increasing
+
+
+def test_a_stage_or_a_solver_alone_has_its_own_front(two_runs: Store) -> None:
+    assert rows(two_runs, "candidate", solver="ilp") == [["ddd444"]]
+    assert rows(two_runs, "candidate", stage="ilp") == [["ddd444"]]
+    assert rows(two_runs, "candidate", solver="nobody") == []
+    with pytest.raises(UsageError, match="no stage 'search'") as caught:
+        frontier_table(two_runs, stage="search")
+    assert "find" in str(caught.value.hint)
