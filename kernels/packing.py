@@ -1,9 +1,8 @@
 """Codes of 1 to 8 bits, packed into 32-bit words.
 
 Each row is one stream of bits: code i takes bits i·b to (i+1)·b - 1, least significant bit first, and the stream is cut
-into little-endian words, the last one padded with zeros. This is the `pack-quantized` layout of compressed-tensors since
-0.18, so an export copies the words as they are. Nothing is wasted at 3, 5, 6 or 7 bits, where a code may straddle two
-words.
+into words, the last one padded with zeros. This is the `pack-quantized` layout of compressed-tensors since 0.18, so an
+export copies the words as they are. Nothing is wasted at 3, 5, 6 or 7 bits, where a code may straddle two words.
 
 32 codes fill exactly b words, so every place in that period has its own constant shift and 32 strided tensor operations
 do a matrix of any size; gathering by index is three to seven times slower (1024 × 4096, one CPU thread). Left out:

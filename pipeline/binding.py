@@ -39,6 +39,7 @@ class Wiring:
         axis: for an instance of a `foreach`, the stage whose items it runs through: its own, or the one it follows.
         index: which item of the axis it is.
         place: of its key.
+        sound: False if the entry has mistakes of form; one of them may be an input that seems to be missing.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Wiring:
     inputs: Mapping[str, tuple[Reference, ...]] = field(default_factory=dict)
     axis: str | None = None
     index: int = 0
+    sound: bool = True
 
     @property
     def references(self) -> tuple[Reference, ...]:
@@ -139,7 +141,7 @@ class _Binder:
     def bind(self) -> Inputs:
         stage = self.wiring.stage
         found = {(ref.path, ref.stage): self._instances(ref) for ref in self.wiring.references}
-        self.doubtful = not all(found.values())
+        self.doubtful = not (self.wiring.sound and all(found.values()))
         if stage is None:
             return {}
         for port_name, refs in self.wiring.inputs.items():

@@ -11,8 +11,9 @@ import shlex
 import signal
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -55,7 +56,8 @@ ParamOption = Annotated[
     list[str] | None, typer.Option("-p", "--param", metavar="NAME=VALUE", help="set a declared parameter")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("-s", "--set", metavar="PATH=VALUE", help="set any key, e.g. stages.search.with.seed=1")
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="PATH=VALUE", help="set any key, e.g. stages.search.with.seed=1"),
 ]
 ProfileOption = Annotated[str | None, typer.Option("--profile", help="lay a block of `profiles:` over the file")]
 ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="results folder")]
@@ -81,7 +83,7 @@ def run(
     if dry_run:
         for plan in prepared.plan():
             state = "cached" if plan.artifact else f"would run ({plan.reason})"
-            print(f"{plan.call.id}: {state}")
+            print(f"{plan.node.id}: {state}")
         return
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -110,7 +112,7 @@ def validate(
 
         print(dump(loaded.resolved()), end="")
     else:
-        print(f"{workflow}: {len(loaded.calls)} stages, no errors")
+        print(f"{workflow}: {len(loaded.nodes)} stages, no errors")
 
 
 @app.command()
@@ -134,10 +136,10 @@ def graph(
     format_: Annotated[Drawing, typer.Option("--format", help="text or mermaid")] = Drawing.text,
 ) -> None:
     """Draw the stages of a workflow and what flows between them."""
-    from layerwise.pipeline.graph import draw_mermaid, draw_text
+    from layerwise.pipeline.graph import build_graph, draw_mermaid, draw_text
 
-    loaded = _load(workflow, param, set_, profile)
-    print((draw_text if format_ is Drawing.text else draw_mermaid)(loaded), end="")
+    drawn = build_graph(_load(workflow, param, set_, profile))
+    print(draw_text(drawn) if format_ is Drawing.text else draw_mermaid(drawn))
 
 
 @app.command()
@@ -151,8 +153,11 @@ def runs(results: ResultsOption = RESULTS, format_: FormatOption = Format.table)
 @app.command()
 def frontier(
     run: Annotated[str | None, typer.Argument(help="a run, or the start of its id; the newest if left out")] = None,
-    over: Annotated[str, typer.Option(help="bits, effective_bits or bytes")] = "bits",
-    loss: Annotated[str, typer.Option(help="heldout_kl, heldout_perplexity or kl")] = "heldout_kl",
+    over: Annotated[Literal["bits", "effective_bits", "bytes"], typer.Option(help="the cost on one axis")] = "bits",
+    loss: Annotated[
+        Literal["heldout_kl", "heldout_perplexity", "kl"] | None,
+        typer.Option(help="the loss on the other; held-out KL if everything has it"),
+    ] = None,
     stage: Annotated[str | None, typer.Option(help="only allocations of this stage")] = None,
     solver: Annotated[str | None, typer.Option(help="only allocations of this solver")] = None,
     all_: Annotated[bool, typer.Option("--all", help="also allocations that another one beats")] = False,
@@ -164,14 +169,13 @@ def frontier(
     from layerwise.results.frontier import dense_losses, frontier_table
 
     store = _open(results)
-    options: dict[str, Any] = {"over": over, "loss": loss, "stage": stage, "solver": solver}
+    read = partial(frontier_table, store, run, over=over, loss=loss, stage=stage, solver=solver)
     if plot is not None:
         from layerwise.results.plot import plot_frontier
 
-        everything = frontier_table(store, run, dominated=True, **options)
-        plot_frontier(everything, plot, over=over, loss=loss, dense=dense_losses(store, run))
+        plot_frontier(read(dominated=True), plot, over, loss, dense_losses(store, run))
         print(f"wrote {plot}", file=sys.stderr)
-    _print_table(frontier_table(store, run, dominated=all_, **options), format_)
+    _print_table(read(dominated=all_), format_)
 
 
 @app.command()

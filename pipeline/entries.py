@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from layerwise import stages as registry
 from layerwise.errors import UsageError
 from layerwise.pipeline.binding import Reference, Wiring
+from layerwise.pipeline.executors import Resources
 from layerwise.pipeline.expressions import Names, aligned_stage, resolve, unresolved
 from layerwise.pipeline.fileformat import ResourcesEntry, StageEntry
 from layerwise.pipeline.foreach import Item, Items
@@ -57,25 +58,6 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one task of a stage may use; memory is not limited if it is None."""
-
-    cpus: float = 1
-    gpus: float = 0
-    memory_bytes: int | None = None
-
-    @classmethod
-    def of(cls, entry: ResourcesEntry) -> Resources:
-        """What an entry of the file says."""
-        return cls(entry.cpus, entry.gpus, entry.memory)
-
-    def resolved(self) -> dict[str, Any]:
-        """As it would stand in a file."""
-        memory = {} if self.memory_bytes is None else {"memory": self.memory_bytes}
-        return {"cpus": self.cpus, "gpus": self.gpus, **memory}
-
-
-@dataclass(frozen=True)
 class Draft:
     """A stage instance as the file has it.
 
@@ -115,6 +97,12 @@ def read_stages(tree: Tree, params: Tree, resources: Tree, catalogue: Catalogue,
     return list(drafts.values())
 
 
+def read_resources(tree: Tree) -> Resources:
+    """The resources of one task; the defaults if there are mistakes, which whoever validates the whole reports."""
+    entry = validate(ResourcesEntry, tree, (), Report()) or ResourcesEntry()
+    return Resources(entry.cpus, entry.gpus, entry.memory)
+
+
 class _Reader:
     """Reads one instance of one entry."""
 
@@ -136,10 +124,10 @@ class _Reader:
             params = validate(stage.params, given, (*self.path, "with"), self.report)
         resources = merge(default_resources, self.tree.entries.get("resources", Tree({}, self.place)))
         return Draft(
-            wiring=self._wiring(stage),
+            wiring=self._wiring(stage, sound=entry is not None),
             params=params,
             given=given,
-            resources=Resources.of(validate(ResourcesEntry, resources, (), Report()) or ResourcesEntry()),
+            resources=read_resources(resources),
             description=entry.description if entry is not None else None,
         )
 
@@ -153,7 +141,7 @@ class _Reader:
             self.report.add(uses.place, (*self.path, "uses"), error.message)
             return None
 
-    def _wiring(self, stage: Stage | None) -> Wiring:
+    def _wiring(self, stage: Stage | None, *, sound: bool) -> Wiring:
         ports = self.tree.entries.get("inputs", Tree({}, self.place)).entries
         inputs = {port: self._references(child, (*self.path, "inputs", port)) for port, child in ports.items()}
         needs = self._references(self.tree.entries.get("needs", Tree([], self.place)), (*self.path, "needs"))
@@ -164,7 +152,7 @@ class _Reader:
         id_, axis, index = self.name, None, 0
         if self.item is not None:
             id_, axis, index = f"{self.name}@{self.item.suffix}", self.item.axis, self.item.index
-        return Wiring(id_, self.name, stage, self.place, needs, inputs, axis, index)
+        return Wiring(id_, self.name, stage, self.place, needs, inputs, axis, index, sound)
 
     def _references(self, tree: Tree, path: KeyPath) -> tuple[Reference, ...]:
         """The stages that a text or a list of texts names."""

@@ -97,7 +97,8 @@ def _look_up(name: str, names: Names) -> Tree:
     if root == "needs":
         raise _LookUpError("needs can stand only alone after 'foreach:'; elsewhere name the stage in needs or inputs")
     if root not in names:
-        raise _LookUpError(f"unknown name '{root}' in '{name}'{suggest(root, names)}")
+        where = f" in '{name}'" if steps else ""
+        raise _LookUpError(f"unknown name '{root}'{where}{suggest(root, names)}")
     found = names[root]
     seen = root
     for step in steps:

@@ -119,9 +119,9 @@ class DatasetEntry(Part):
 class ResourcesEntry(Part):
     """What one task of a stage may use."""
 
-    cpus: float = Field(1, gt=0, description="CPU cores of one task, and its number of threads.")
-    gpus: float = Field(0, ge=0, description="GPUs of one task; a fraction shares one.")
-    memory: ByteSize | None = Field(None, description="Memory of one task, such as 2GiB; not limited if left out.")
+    cpus: float = Field(default=1, gt=0, description="CPU cores of one task, and its number of threads.")
+    gpus: float = Field(default=0, ge=0, description="GPUs of one task; a fraction shares one.")
+    memory: ByteSize | None = Field(default=None, description="Memory of one task, such as 2GiB; no claim if left out.")
 
 
 class StageEntry(Part):
@@ -154,7 +154,7 @@ class WorkflowFile(Part):
     params: dict[Name, Any] = Field(
         default_factory=dict, description="What `-p name=value` may set; used as `${{ params.name }}`."
     )
-    resources: ResourcesEntry = Field(default_factory=ResourcesEntry, description="Default resources of one task.")
+    resources: ResourcesEntry = Field(ResourcesEntry(), description="Default resources of one task.")
     stages: dict[StageName, Any] = Field(min_length=1, description="The stages by name.")
     profiles: dict[Name, dict[str, Any]] = Field(
         default_factory=dict, description="Named changes to this file, applied by `--profile name`."

@@ -139,7 +139,7 @@ def _check_settable(tree: Tree, step: str, path: KeyPath) -> None:
         return
     if not path and step in _NOT_FOR_SETTING:
         raise UsageError(f"'{step}' cannot be set from the command line")
-    kind = {(): "key", ("stages",): "stage", ("data",): "data entry", ("params",): "parameter"}.get(path, "key")
+    kind = {"stages": "stage", "data": "data entry", "params": "parameter"}.get(dotted(path), "key")
     raise UsageError(f"unknown {kind} '{step}'{suggest(step, known)}")
 
 

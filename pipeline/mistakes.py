@@ -12,6 +12,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from layerwise.errors import LayerwiseError
 from layerwise.pipeline.expressions import unresolved
-from layerwise.pipeline.report import Report, describe, nearest, suggest
+from layerwise.pipeline.report import Report, describe, nearest, nearest_name, suggest
 from layerwise.pipeline.yaml12 import KeyPath, Place, Tree
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -70,9 +71,13 @@ def validate(model: type[Model], tree: Tree, path: KeyPath, report: Report) -> M
     except LayerwiseError as error:  # a validator that knows better words than pydantic
         report.add(tree.key or tree.place, path, str(error))
         return None
-    for mistake in _keep_meant_branch([_Mistake.of(error, tree) for error in errors]):
-        found = tree.find(mistake.path)
-        if found is not None and unresolved(found) and mistake.error["type"] != "extra_forbidden":
+    mistakes = _keep_meant_branch([_Mistake.of(error, tree) for error in errors if not _too_short_by_errors(error)])
+    meant = {_meant(mistake, tree, model) for mistake in mistakes}
+    for mistake in mistakes:
+        kind, found = mistake.error["type"], tree.find(mistake.path)
+        if found is not None and unresolved(found) and kind != "extra_forbidden":
+            continue
+        if kind == "missing" and mistake.path in meant:  # it is there, misspelt, and that is reported
             continue
         place, shown, words = _say(mistake, tree, model)
         report.add(place, (*path, *shown), words)
@@ -102,6 +107,11 @@ def _excused(error: ErrorDetails) -> bool:
     if error["type"] == "int_type":
         return isinstance(error["input"], float) and error["input"].is_integer()
     return error["type"] in ("tuple_type", "set_type", "frozen_set_type") and isinstance(error["input"], list)
+
+
+def _too_short_by_errors(error: ErrorDetails) -> bool:
+    """Whether a list is too short only because pydantic does not count the entries that have mistakes."""
+    return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
 @dataclass(frozen=True)
@@ -212,62 +222,77 @@ def _not_one_of(value: Any, options: list[str]) -> str:
     return f"'{value}' is not one of {', '.join(dict.fromkeys(options))}{nearest(value, options)}"
 
 
+def _meant(mistake: _Mistake, tree: Tree, model: type[BaseModel]) -> KeyPath | None:
+    """The key that a misspelt one stands for."""
+    if mistake.error["type"] != "extra_forbidden":
+        return None
+    fields = _open_fields(model, mistake.error["loc"][:-1], tree.find(mistake.path[:-1]))
+    close = nearest_name(str(mistake.path[-1]), [name for names in fields for name in names])
+    return None if close is None else (*mistake.path[:-1], close)
+
+
 def _say(mistake: _Mistake, tree: Tree, model: type[BaseModel]) -> tuple[Place, KeyPath, str]:
     """The place, the path as shown, and the words of one mistake."""
     error, path = mistake.error, mistake.path
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    place = tree.place_of(path, of_key=mistake.of_key)
-    if mistake.words:
-        return place, path, mistake.words
+    kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _known_keys(model, error["loc"][:-1], tree.find(path[:-1]))
-        return tree.place_of(path, of_key=True), path, "unknown key" + suggest(str(path[-1]), known)
-    if kind == "missing":
-        return place, path, "this key is required"
+        fields = _open_fields(model, error["loc"][:-1], tree.find(path[:-1]))
+        known = [name for names in fields for name in names]
+        hint = suggest(str(path[-1]), known, [names[0] for names in fields])
+        return tree.place_of(path, of_key=True), path, f"unknown key{hint}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        label = _unquoted(str(context["discriminator"]))
-        path = (*path, label)
-        if kind == "union_tag_not_found":
-            return tree.place_of(path), path, "this key is required"
-        return tree.place_of(path), path, _not_one_of(context["tag"], mistake.options)
-    if mistake.options:
-        return place, path, _not_one_of(value, mistake.options)
-    if mistake.wanted:
-        return place, path, f"must be {mistake.wanted}, got {describe(value)}"
-    if kind in _LIMITS:
-        words, key = _LIMITS[kind]
-        return place, path, f"must be {words} {context[key]}, got {value}"
-    if kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
-        least = kind.endswith("short")
-        limit = context["min_length" if least else "max_length"]
-        thing = "character" if kind.startswith("string") else "entry" if limit == 1 else "entries"
-        return place, path, f"must have at {'least' if least else 'most'} {limit} {thing}, has {len(value)}"
-    if kind in ("value_error", "assertion_error"):
-        return place, path, str(context["error"])
-    return place, path, f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {describe(value)}"
+        path = (*path, _unquoted(str(context["discriminator"])))
+    return tree.place_of(path, of_key=mistake.of_key), path, mistake.words or _words(mistake)
 
 
-def _known_keys(model: type[BaseModel], location: tuple[str | int, ...], node: Tree | None) -> list[str]:
-    """The keys that may stand where pydantic found an unknown one, those already given left out."""
+def _words(mistake: _Mistake) -> str:
+    """What is wrong with a value, and what it should be."""
+    error = mistake.error
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    words = f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {describe(value)}"
+    if kind in ("missing", "union_tag_not_found"):
+        words = "this key is required"
+    elif mistake.options:
+        words = _not_one_of(context.get("tag", value), mistake.options)
+    elif mistake.wanted:
+        words = f"must be {mistake.wanted}, got {describe(value)}"
+    elif kind in _LIMITS:
+        limit, key = _LIMITS[kind]
+        words = f"must be {limit} {context[key]:g}, got {value}"
+    elif kind in ("too_short", "too_long", "string_too_short", "string_too_long"):
+        words = _wrong_length(kind, context, len(value))
+    elif kind in ("value_error", "assertion_error"):
+        words = str(context["error"])
+    return words
+
+
+def _wrong_length(kind: str, context: Mapping[str, Any], length: int) -> str:
+    bound, key = ("least", "min_length") if kind.endswith("short") else ("most", "max_length")
+    limit = context[key]
+    one, several = ("character", "characters") if kind.startswith("string") else ("entry", "entries")
+    return f"must have at {bound} {limit} {one if limit == 1 else several}, has {length}"
+
+
+def _open_fields(
+    model: type[BaseModel], location: tuple[str | int, ...], node: Tree | None
+) -> list[list[str]]:
+    """The fields that are not yet given where pydantic found an unknown key, each with all its names."""
     kinds: list[Any] = [model]
     for step in location:
         kinds = [inner for kind in kinds for inner in _descend(kind, step)]
     given = set(node.entries) if node is not None else set()
-    known = [key for kind in kinds for inner in _models_in(kind) for key in field_keys(inner) if key not in given]
-    return list(dict.fromkeys(known))
+    fields = [names for kind in kinds for inner in _models_in(kind) for names, _ in _fields(inner)]
+    return [names for index, names in enumerate(fields) if not given & set(names) and names not in fields[:index]]
 
 
-def field_keys(model: type[BaseModel]) -> dict[str, Any]:
-    """Every key that a model reads from the file (aliases too, after the preferred one), with its annotation."""
-    keys: dict[str, Any] = {}
+def _fields(model: type[BaseModel]) -> list[tuple[list[str], Any]]:
+    """The keys under which each field of a model may be written, the preferred one first, and its annotation."""
+    fields: list[tuple[list[str], Any]] = []
     for name, info in model.model_fields.items():
         alias = info.validation_alias
-        if isinstance(alias, AliasChoices):
-            names = [choice for choice in alias.choices if isinstance(choice, str)]
-        else:
-            names = [alias if isinstance(alias, str) else name]
-        keys.update(dict.fromkeys(names, info.annotation))
-    return keys
+        names = alias.choices if isinstance(alias, AliasChoices) else [alias or name]
+        fields.append(([choice for choice in names if isinstance(choice, str)], info.annotation))
+    return fields
 
 
 def _models_in(kind: Any) -> list[Any]:
@@ -285,20 +310,19 @@ def _is_model(kind: Any) -> bool:
 def _descend(kind: Any, step: str | int) -> list[Any]:
     """The types behind one step of pydantic's path: a key, an index, or the branch of a union."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    found: list[Any] = []
     if origin is typing.Annotated:
-        return _descend(arguments[0], step)
-    if origin in (typing.Union, types.UnionType):
-        named = [member for member in arguments if _answers_to(member, str(step))]
-        if named:
-            return named
-        return [inner for member in arguments for inner in _descend(member, step)]
-    if _is_model(kind):
-        return [field_keys(kind)[str(step)]] if step in field_keys(kind) else []
-    if origin is dict:
-        return [arguments[1]]
-    if isinstance(step, int) and arguments:
-        return [argument for argument in arguments if argument is not Ellipsis]
-    return []
+        found = _descend(arguments[0], step)
+    elif origin in (typing.Union, types.UnionType):
+        found = [member for member in arguments if _answers_to(member, str(step))]
+        found = found or [inner for member in arguments for inner in _descend(member, step)]
+    elif _is_model(kind):
+        found = [annotation for names, annotation in _fields(kind) if step in names]
+    elif origin is dict:
+        found = [arguments[1]]
+    elif isinstance(step, int):
+        found = [argument for argument in arguments if argument is not Ellipsis]
+    return found
 
 
 def _answers_to(kind: Any, branch: str) -> bool:

@@ -23,16 +23,27 @@ class Report:
             self.problems.append(problem)
 
 
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a wrong one most likely stands for."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing if no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    close = nearest_name(name, known)
+    return "" if close is None else f" (did you mean '{close}'?)"
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """What to write instead of a wrong name: the nearest known one, or all of them if none is near."""
+def suggest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """What to write instead of a wrong name.
+
+    Args:
+        known: the nearest of these, if one is near.
+        listed: otherwise all of these; those known if left out.
+    """
     names = list(known)
-    return nearest(name, names) or (f" (known: {', '.join(names)})" if names else "")
+    shown = ", ".join(names if listed is None else listed)
+    return nearest(name, names) or (f" (known: {shown})" if shown else "")
 
 
 def describe(value: Any) -> str:

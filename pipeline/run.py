@@ -28,8 +28,8 @@ from layerwise.pipeline.artifacts import Artifact, ArtifactStore, digest_of, loc
 from layerwise.pipeline.display import Display
 from layerwise.pipeline.executors import RawExecutor, Resources, open_executor
 from layerwise.pipeline.executors.journal import JournaledExecutor
-from layerwise.pipeline.sources import Sources, resolve_sources
-from layerwise.pipeline.workflow import Call, Workflow
+from layerwise.pipeline.fetch import Fetched, fetch
+from layerwise.pipeline.workflow import Node, Workflow
 from layerwise.results.durable import disk_full_named, make_folder, publish_file
 from layerwise.results.store import Store
 from layerwise.stages.contract import Context, Row
@@ -43,14 +43,14 @@ class StagePlan:
     """What is known of a stage before it runs.
 
     Args:
-        call: the stage.
+        node: the stage.
         key: None while an input is not there yet.
         material: what the key was made from.
         artifact: None if it must be made.
         reason: why it must be made.
     """
 
-    call: Call
+    node: Node
     key: str | None = None
     material: dict[str, Any] = field(default_factory=dict)
     artifact: Artifact | None = None
@@ -70,7 +70,7 @@ class Run:
         self.workflow, self.display = workflow, display
         self.store = Store.open(root, create=True)
         self.artifacts = ArtifactStore(root)
-        self.sources: Sources = resolve_sources(workflow, root, self.artifacts.digests)
+        self.sources: Fetched = fetch(workflow, root, self.artifacts.digests)
         self.artifacts.digests.save()
         self.resolved = workflow.resolved()
         self.id = self._id()
@@ -81,7 +81,7 @@ class Run:
     def _id(self) -> str:
         """The workflow's name and eight digits of what it is: stages, parameters, and the digests of model and texts."""
         material = {
-            "stages": {call.id: self.resolved["stages"][call.id] | {"resources": None} for call in self.workflow.calls},
+            "stages": {node.id: self.resolved["stages"][node.id] | {"resources": None} for node in self.workflow.nodes},
             "model": self.sources.model_digest,
             "data": dict(self.sources.data_digests),
         }
@@ -93,34 +93,34 @@ class Run:
     def plan(self) -> list[StagePlan]:
         """What each stage finds in the cache, producers first."""
         plans: dict[str, StagePlan] = {}
-        for call in self.workflow.calls:
-            plans[call.id] = self._plan_stage(call, plans)
+        for node in self.workflow.nodes:
+            plans[node.id] = self._plan_stage(node, plans)
         return list(plans.values())
 
-    def _plan_stage(self, call: Call, plans: Mapping[str, StagePlan]) -> StagePlan:
-        plan = StagePlan(call)
-        waiting = [id_ for ids in call.inputs.values() for id_ in ids if plans[id_].artifact is None]
+    def _plan_stage(self, node: Node, plans: Mapping[str, StagePlan]) -> StagePlan:
+        plan = StagePlan(node)
+        waiting = [id_ for ids in node.inputs.values() for id_ in ids if plans[id_].artifact is None]
         if waiting:
             plan.reason = f"waits for {', '.join(waiting)}"
             return plan
-        plan.material = self._material(call, plans)
+        plan.material = self._material(node, plans)
         plan.key = digest_of(plan.material)
         plan.artifact = self._find(plan.key)
-        plan.reason = "" if plan.artifact else self._explain(call, plan)
+        plan.reason = "" if plan.artifact else self._explain(node, plan)
         return plan
 
-    def _material(self, call: Call, plans: Mapping[str, StagePlan]) -> dict[str, Any]:
-        texts = {name: getattr(call.params, name) for name in call.stage.data}
+    def _material(self, node: Node, plans: Mapping[str, StagePlan]) -> dict[str, Any]:
+        texts = {name: getattr(node.params, name) for name in node.stage.data}
         return {
             "format": KEY_FORMAT,
-            "uses": call.stage.name,
-            "impl": call.stage.impl,
-            "with": call.params.model_dump(mode="json"),
-            "inputs": {port: [_digest(plans[id_]) for id_ in ids] for port, ids in call.inputs.items() if ids},
+            "uses": node.stage.name,
+            "impl": node.stage.impl,
+            "with": node.params.model_dump(mode="json"),
+            "inputs": {port: [_digest(plans[id_]) for id_ in ids] for port, ids in node.inputs.items() if ids},
             "model": self.sources.model_digest,
             "data": {name: self.sources.data_digests[text] for name, text in texts.items()},
             "device": "cpu",
-            "threads": max(1, int(call.resources.cpus)),
+            "threads": max(1, int(node.resources.cpus)),
         }
 
     def _find(self, key: str) -> Artifact | None:
@@ -131,11 +131,11 @@ class Run:
             self.display.warn(f"{error.message}; moved to {place} and made again")
             return None
 
-    def _explain(self, call: Call, plan: StagePlan) -> str:
+    def _explain(self, node: Node, plan: StagePlan) -> str:
         """Why a stage must run: what differs from the last artifact of the stage of this name."""
         if plan.key is not None and self.artifacts.work(plan.key).is_dir():
             return "interrupted before"
-        keys = [row["stage_key"] for row in self.store.rows("stages") if row["stage"] == call.id]
+        keys = [row["stage_key"] for row in self.store.rows("stages") if row["stage"] == node.id]
         for key in reversed(keys):
             with suppress(CorruptArtifact):
                 previous = self.artifacts.find(key) if key else None
@@ -158,7 +158,7 @@ class Run:
             started = time.monotonic()
             self.attempt = self._new_attempt()
             self._record_run("running", executor, argv)
-            self.display.begin(self.id, [call.id for call in self.workflow.calls])
+            self.display.begin(self.id, [node.id for node in self.workflow.nodes])
             try:
                 with _lazily_opened(executor) as opened:
                     self._execute_stages(opened)
@@ -173,33 +173,31 @@ class Run:
 
     def _execute_stages(self, opened: Callable[[], RawExecutor]) -> None:
         plans: dict[str, StagePlan] = {}
-        for call in self.workflow.calls:
-            plan = plans[call.id] = self._plan_stage(call, plans)
+        for node in self.workflow.nodes:
+            plan = plans[node.id] = self._plan_stage(node, plans)
             if plan.artifact is None:
                 plan.artifact = self._make(plan, opened)
             else:
-                self.display.cached(call.id)
+                self.display.cached(node.id)
                 self._record_stage(plan, cache="hit", seconds=0.0)
-            self._link(call.id, plan.artifact)
+            self._link(node.id, plan.artifact)
 
     def _make(self, plan: StagePlan, opened: Callable[[], RawExecutor]) -> Artifact:
-        call, key = plan.call, plan.key
+        node, key = plan.node, plan.key
         assert key is not None, "every input is there by now"
-        with self.artifacts.claim(
-            key, lambda pid: self.display.note(f"waiting: process {pid} makes stage {call.id}")
-        ):
+        with self.artifacts.claim(key, lambda pid: self.display.note(f"waiting: process {pid} makes stage {node.id}")):
             found = self._find(key)
             if found is not None:
-                self.display.cached(call.id)
+                self.display.cached(node.id)
                 self._record_stage(plan, cache="hit", seconds=0.0, artifact=found)
                 return found
-            self.display.start(call.id, call.stage.name, plan.reason)
+            self.display.start(node.id, node.stage.name, plan.reason)
             started = time.monotonic()
             try:
                 artifact, counts = self._work(plan, key, opened())
             except LayerwiseError as error:
                 self._record_failure(plan, time.monotonic() - started, error)
-                error.message = f"stage {call.id}: {error.message}"
+                error.message = f"stage {node.id}: {error.message}"
                 raise
             except BaseException as error:
                 self._record_failure(plan, time.monotonic() - started, error)
@@ -207,23 +205,23 @@ class Run:
             cache = "partial" if counts["items_cached"] else "miss"
             seconds = time.monotonic() - started
             self._record_stage(plan, cache=cache, seconds=seconds, artifact=artifact, counts=counts)
-            self.display.finish(call.id, seconds, counts["items_cached"], counts["items_total"])
+            self.display.finish(node.id, seconds, counts["items_cached"], counts["items_total"])
             return artifact
 
     def _work(self, plan: StagePlan, key: str, raw: RawExecutor) -> tuple[Artifact, dict[str, int]]:
-        call = plan.call
+        node = plan.node
         work = self.artifacts.work(key)
         out, items = work / "out", work / "items"
         if out.exists():
             shutil.rmtree(out)  # of an attempt that was killed; its finished items stand under `items`
         for folder in (out, items):
             make_folder(folder)
-        resources = Resources(call.resources.cpus, call.resources.gpus, call.resources.memory_bytes)
+        resources = Resources(node.resources.cpus, node.resources.gpus, node.resources.memory_bytes)
         executor = JournaledExecutor(
             raw.sized(resources),
             work / "journal",
             tmp=self.artifacts.tmp,
-            progress=lambda done, total, note: self.display.progress(call.id, done, total, note),
+            progress=lambda done, total, note: self.display.progress(node.id, done, total, note),
         )
         seqs: dict[str, int] = {}
 
@@ -231,7 +229,7 @@ class Run:
             first = seqs.get(table, 0)
             seqs[table] = first + len(rows)
             self.store.append(
-                table, rows, run_id=self.id, stage=call.id, stage_key=key, attempt=self.attempt, first_seq=first
+                table, rows, run_id=self.id, stage=node.id, stage_key=key, attempt=self.attempt, first_seq=first
             )
 
         context = Context(
@@ -239,13 +237,15 @@ class Run:
             items=items,
             model=self.sources.model,
             data=self.sources.data,
-            inputs={port: tuple(self._folder_of(id_) for id_ in call.inputs.get(port, ())) for port in call.stage.takes},
+            inputs={
+                port: tuple(self._folder_of(id_) for id_ in node.inputs.get(port, ())) for port in node.stage.takes
+            },
             executor=executor,
             record=record,
-            progress=lambda done, total, note: self.display.progress(call.id, done, total, note),
+            progress=lambda done, total, note: self.display.progress(node.id, done, total, note),
         )
         with disk_full_named(work):
-            call.stage.run(context, call.params)
+            node.stage.run(context, node.params)
             artifact = self.artifacts.publish(key, out, plan.material)
         shutil.rmtree(work)
         peak = max(executor.peak_rss_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -313,13 +313,13 @@ class Run:
         made = artifact or plan.artifact
         assert made is not None
         row = {"cache": cache, "reason": plan.reason, "status": "ok", "seconds": seconds, "output_digest": made.digest}
-        self._append("stages", {"uses": plan.call.stage.name, **row, **(counts or {})}, plan)
+        self._append("stages", {"uses": plan.node.stage.name, **row, **(counts or {})}, plan)
 
     def _record_failure(self, plan: StagePlan, seconds: float, error: BaseException) -> None:
         status = "failed" if isinstance(error, Exception) else "stopped"
         row = {"cache": "miss", "reason": plan.reason, "status": status, "seconds": seconds, **_described(error)}
         with suppress(LayerwiseError, OSError):  # the disk may be full; the error itself matters more
-            self._append("stages", {"uses": plan.call.stage.name, **row}, plan)
+            self._append("stages", {"uses": plan.node.stage.name, **row}, plan)
 
     def _append(self, table: str, row: Row, plan: StagePlan | None = None) -> None:
         seq = self._seqs.get(table, 0)
@@ -328,7 +328,7 @@ class Run:
             table,
             [row],
             run_id=self.id,
-            stage=plan.call.id if plan else None,
+            stage=plan.node.id if plan else None,
             stage_key=plan.key if plan else None,
             attempt=self.attempt,
             first_seq=seq,

@@ -2,9 +2,9 @@
 
 `load_workflow` reads the file and the layers over it (`layers.py`), resolves `${{ }}` (`expressions.py`), validates
 every part (`fileformat.py`, `mistakes.py`, `sources.py`), unrolls the stages (`foreach.py`, `entries.py`), and checks
-their connections (`binding.py`) and their texts (`heldout.py`). It goes on after a mistake wherever the rest still makes
-sense, and raises one `WorkflowError` with all of them. No artifact is looked at and nothing heavy is imported: this
-also serves `layerwise validate` and a fully cached run.
+their connections (`binding.py`) and their texts (`heldout.py`). It goes on after a mistake wherever the rest still
+makes sense, and raises one `WorkflowError` with all of them. No artifact is looked at and nothing heavy is imported:
+this also serves `layerwise validate` and a fully cached run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from layerwise import stages as registry
 from layerwise.errors import WorkflowError
 from layerwise.pipeline.binding import Inputs, bind, run_order
-from layerwise.pipeline.entries import Catalogue, Draft, FindStage, Resources, read_stages
+from layerwise.pipeline.entries import Catalogue, Draft, FindStage, read_resources, read_stages
+from layerwise.pipeline.executors import Resources
 from layerwise.pipeline.expressions import resolve
 from layerwise.pipeline.fileformat import VERSION, WorkflowFile
 from layerwise.pipeline.heldout import check_texts
@@ -59,7 +60,7 @@ class Node:
             **({} if self.description is None else {"description": self.description}),
             **({"inputs": inputs} if inputs else {}),
             "with": self.params.model_dump(mode="json", by_alias=True),
-            "resources": self.resources.resolved(),
+            "resources": _resolved_resources(self.resources),
         }
 
 
@@ -93,9 +94,14 @@ class Workflow:
             "model": self.model.resolved(),
             "data": {name: text.resolved() for name, text in self.data.items()},
             "params": dict(self.params),
-            "resources": self.resources.resolved(),
+            "resources": _resolved_resources(self.resources),
             "stages": {node.id: node.resolved() for node in self.nodes},
         }
+
+
+def _resolved_resources(resources: Resources) -> dict[str, Any]:
+    memory = {} if resources.memory_bytes is None else {"memory": resources.memory_bytes}
+    return {"cpus": resources.cpus, "gpus": resources.gpus, **memory}
 
 
 def load_workflow(
@@ -148,7 +154,7 @@ def load_workflow(
         model=model,
         data={name: text for name, text in data.items() if text is not None},
         params=declared.plain(),
-        resources=Resources.of(header.resources),
+        resources=read_resources(default_resources),
         nodes=tuple(_node(by_id[id_], inputs[id_]) for id_ in order),
     )
 

@@ -251,7 +251,7 @@ class _Planter:
         self.open: set[int] = set()
 
     def read(self, text: str) -> Tree:
-        start = yaml.Mark("", 0, 0, 0, None, None)
+        start = yaml.Mark("", 0, 0, 0, None, 0)
         try:
             root = yaml.compose(text, Loader=_Loader)
             if root is None:
@@ -264,7 +264,7 @@ class _Planter:
             message = _explain(error, text, mark)
         except yaml.reader.ReaderError as error:
             before = text[: error.position]
-            mark = yaml.Mark("", 0, before.count("\n"), len(before) - (before.rfind("\n") + 1), None, None)
+            mark = yaml.Mark("", 0, before.count("\n"), len(before) - (before.rfind("\n") + 1), None, 0)
             message = f"the character U+{ord(text[error.position]):04X} may not stand in YAML"
         except RecursionError:
             mark, message = start, "nested too deeply"
@@ -285,6 +285,7 @@ class _Planter:
             children = [self.plant(child, (*path, index)) for index, child in enumerate(node.value)]
             value, size = [tree for tree, _ in children], 1 + sum(count for _, count in children)
         else:
+            assert isinstance(node, yaml.ScalarNode), "the three kinds of YAML node"
             value, size = self._scalar(node), 1
         if size > MAX_NODES:
             raise _UnreadableError(node.start_mark, f"aliases unfold to more than {MAX_NODES} values")
@@ -320,7 +321,7 @@ class _Planter:
 
     def _scalar(self, node: yaml.ScalarNode) -> Scalar:
         kind, text = node.tag.removeprefix(_TAG), str(node.value)
-        if kind in ("str", "merge") or node.tag == "!":
+        if kind in ("str", "merge"):
             return text
         if kind not in _CORE:
             raise _UnreadableError(node.start_mark, f"the tag '{_short_tag(node.tag)}' is not supported; remove it")
@@ -331,7 +332,7 @@ class _Planter:
         return _parse(kind, text)
 
     def _check_tag(self, node: yaml.Node, kind: str) -> None:
-        if node.tag not in (_TAG + kind, "!"):
+        if node.tag != _TAG + kind:
             raise _UnreadableError(node.start_mark, f"the tag '{_short_tag(node.tag)}' is not supported; remove it")
 
 

@@ -6,6 +6,7 @@ own figures. Left out: interactive plots; the Parquet tables are there for those
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,11 @@ _BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def plot_frontier(
-    frame: pd.DataFrame, path: Path, over: Cost = "bits", loss: Loss | None = None, dense: float | None = None
+    frame: pd.DataFrame,
+    path: Path,
+    over: Cost = "bits",
+    loss: Loss | None = None,
+    dense_losses: Mapping[str, float] | None = None,
 ) -> None:
     """Draw a frontier into a file.
 
@@ -43,13 +48,15 @@ def plot_frontier(
         path: the file to write; its ending says the format (`.png`, `.svg`, `.pdf`). Missing folders are made.
         over: the cost on the horizontal axis, as in the call that made `frame`.
         loss: the loss on the vertical axis; by default the one that `frame` was ranked by.
-        dense: that loss of the dense model, see `dense_losses`; drawn as a line.
+        dense_losses: what the dense model scores, see `frontier.dense_losses`; that of the vertical axis is drawn as
+            a line.
     Raises:
         UsageError: nothing to draw, or a file ending that is no picture.
     """
     from matplotlib.figure import Figure
 
     loss = loss or (frame["ranked_by"].iloc[0] if len(frame) else "kl")
+    dense = (dense_losses or {}).get(loss)
     points = frame[frame[loss].notna() & frame[over].notna()].sort_values(over)
     if points.empty:
         raise UsageError(f"no allocation with {over} and {loss} to draw", hint="run the allocate stage first")

@@ -194,6 +194,11 @@ class Evolve:
         return self._phase == "done"
 
     @property
+    def generations(self) -> int:
+        """How many generations it takes at most."""
+        return self._settings.generations
+
+    @property
     def evaluations(self) -> int:
         """How many candidates were evaluated so far, one in several rounds counted several times."""
         return self._evaluations
@@ -230,7 +235,9 @@ class Evolve:
 
         Lower is better. NaN or inf says that a candidate failed: it ranks last and never becomes the parent.
         """
-        candidates = [] if self.done else self._candidates()
+        if self.done:
+            raise UsageError("the search is done; there is nothing left to tell")
+        candidates = self._candidates()
         if len(losses) != len(candidates):
             raise UsageError(f"{len(losses)} losses told for {len(candidates)} candidates asked")
         values = [float(loss) for loss in losses]
@@ -293,9 +300,9 @@ class Evolve:
         return self._round == len(self._settings.tokens) - 1
 
     def _tokens(self) -> int | None:
-        return {"start": self._settings.initial_tokens, "close": None}.get(
-            self._phase, self._settings.tokens[self._round]
-        )
+        if self._phase == "start":
+            return self._settings.initial_tokens
+        return self._settings.tokens[self._round] if self._phase == "select" else None
 
     def _keep(self, survivors: list[Choice]) -> None:
         """Go on to the next round, or to the next generation if every candidate failed."""
@@ -343,7 +350,7 @@ class Evolve:
         if self._parent_complete:
             self._phase, self._pool = "done", []
             return
-        self._phase = "close"
+        self._phase, self._round = "close", len(self._settings.tokens)
         self._pool = _distinct([self._parent, *reversed(self._ancestors)])  # of equals, the later parent
 
     def _first(self, start: Solution | ArrayLike | None) -> Choice:

@@ -108,12 +108,12 @@ def _solve_to_precision(
     expected = math.fsum(np.where(np.isfinite(losses), losses, 0.0).max(axis=1))
     best: _Answer | None = None
     while True:
-        scale = _SCALE / expected if expected > 0 else 1.0
-        answer = _solve(problem, losses * scale, deadline, backend)
+        unit = expected if expected > 0 else 1.0
+        answer = _solve(problem, losses / unit * _SCALE, deadline, backend)
         if answer is None:
             break
         found = _sum_at(losses, answer.choice)
-        bound = None if answer.bound is None else max(0.0, answer.bound / scale)
+        bound = None if answer.bound is None else max(0.0, answer.bound / _SCALE * unit)
         if best is None or found <= _sum_at(losses, best.choice):
             best = replace(answer, bound=bound)
         if not answer.finished or found == 0 or found >= expected * _SMALL:  # else the tolerance is too near
@@ -181,7 +181,7 @@ def _scaled(costs: NDArray[np.float64], limit: float) -> tuple[NDArray[np.float6
     above = costs - least[:, None]
     if room == 0:
         return np.where(above > 0, _SCALE, 0.0), _SCALE / 2
-    return np.minimum(above / room, 2.0) * _SCALE, _SCALE
+    return np.minimum(above, 2 * room) / room * _SCALE, _SCALE
 
 
 def _backend(backend: Backend, time_limit: float | None) -> Any:
@@ -210,6 +210,7 @@ def _joint_shortage(problem: Problem) -> InfeasibleBudget:
     except InfeasibleBudget as smaller:
         return smaller
     reachable, budget = best.cost[resource], budgets[resource]
+    assert reachable > budget, "the solver called a problem infeasible that is not"
     return InfeasibleBudget(
         resource,
         budget,

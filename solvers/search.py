@@ -24,7 +24,7 @@ class Ask:
         tokens: how many tokens of the search data to use; None for all of them.
         draw: seed for choosing these tokens. Another round has another draw.
         generation: 0 for the initial round, then counted from 1.
-        round: selection round of the generation, from 0.
+        round: selection round of the generation, from 0; a closing round counts as one more of the last generation.
     """
 
     candidates: tuple[Choice, ...]

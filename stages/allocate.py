@@ -102,16 +102,16 @@ def allocate(context: Context, params: AllocateParams) -> None:
         for budget in params.combinations
     }
     tokens = tokenized(context, params.data)
-    factory = evaluator_factory(
-        context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens
-    )
+    factory = evaluator_factory(context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens)
     with context.executor.replicas(factory) as pool:
         journal = _CandidateJournal(context, table, params)
         found = []
         for number, (text, (budget, problem)) in enumerate(problems.items()):
             started = time.perf_counter()
             if params.solver == "evolve":
-                solution, evaluations, searched = _evolve(context, params, problem, pool, journal, text, number)
+                solution, evaluations, searched = _evolve(
+                    context, params, problem, pool, journal, text, number, tokens.total
+                )
             else:
                 solution, evaluations, searched = SOLVERS[params.solver](problem), 0, 0
             allocation = table.allocation(solution.choice.tolist(), solver=params.solver, budget=budget)
@@ -132,9 +132,7 @@ def allocate(context: Context, params: AllocateParams) -> None:
     context.record("allocations", rows)
 
 
-def _profiled_losses(
-    context: Context, params: AllocateParams
-) -> tuple[Sequence[Sequence[float | None]] | None, int]:
+def _profiled_losses(context: Context, params: AllocateParams) -> tuple[Sequence[Sequence[float | None]] | None, int]:
     """The profile's table of the chosen metric, and the tokens that measuring it took."""
     needed = params.solver not in ("uniform", "evolve") or (params.solver == "evolve" and params.start == "ilp")
     if not context.inputs["profile"]:
@@ -162,12 +160,13 @@ def _evolve(
     journal: _CandidateJournal,
     budget: str,
     number: int,
+    total_tokens: int,
 ) -> tuple[Solution, int, int]:
     """Search one budget; gives the solution, the candidates evaluated and the tokens spent."""
-    source = context.data[params.data]
-    search = Evolve(problem, start=_start(params, problem), seed=params.seed, **_settings(params, source.tokens))
+    search = Evolve(problem, start=_start(params, problem), seed=params.seed, **_settings(params, total_tokens))
     metric = "kl" if params.fitness == "kl" else "nll"
-    evaluations = searched = 0
+    generations = max(1, search.generations)
+    searched = 0
     while not search.done:
         ask = search.ask()
         genomes = tuple(tuple(candidate.tolist()) for candidate in ask.candidates)
@@ -175,16 +174,14 @@ def _evolve(
         scores = score(pool, request, workers=context.executor.workers)
         losses = [measured[metric]["mean"] for measured in scores]
         search.tell([math.nan if loss is None else loss for loss in losses])
-        evaluations += len(genomes)
         searched += sum(measured[metric]["n_tokens"] for measured in scores)
         journal.add(budget, request, ask.generation, ask.round, scores)
-        budgets = len(params.combinations)
+        done, total = number * generations + ask.generation, len(params.combinations) * generations
+        best = search.best.loss
         context.progress(
-            number * search.generations + min(ask.generation + 1, search.generations),
-            budgets * search.generations,
-            f"generations, {budget}, best {search.best.loss or math.nan:.4g}",
+            done, total, "generations" if best is None else f"generations, {budget}, best {metric} {best:.4g}"
         )
-    return search.best, evaluations, searched
+    return search.best, search.evaluations, searched
 
 
 def _start(params: AllocateParams, problem: Problem) -> Solution | None:

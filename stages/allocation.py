@@ -148,9 +148,7 @@ class CostTable:
 
     def allocation(self, genome: Sequence[int], *, solver: str, budget: Mapping[str, float]) -> Allocation:
         """An allocation with its names and sizes, not yet measured."""
-        levels = {
-            unit["unit"]: unit["levels"][level]["level"] for unit, level in zip(self.units, genome, strict=True)
-        }
+        levels = {unit["unit"]: unit["levels"][level]["level"] for unit, level in zip(self.units, genome, strict=True)}
         sizes = self.describe(genome)
         return Allocation(
             candidate=self.candidate(genome),

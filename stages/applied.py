@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 
 
-def save_applied(
-    folder: Path, allocation: Allocation, tensors: Mapping[str, Tensor], names: Mapping[str, str]
-) -> None:
+def save_applied(folder: Path, allocation: Allocation, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
     """Write the artifact.
 
     Args:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field
 
 from layerwise.errors import UsageError
-from layerwise.results.frontier import knee
+from layerwise.results.frontier import knee, non_dominated
 from layerwise.stages.allocation import Allocation, load_allocations
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
 from layerwise.stages.database import DatabaseIndex
@@ -22,7 +23,8 @@ class ApplyParams(Params):
 
     pick: str = Field(
         "knee",
-        description="knee: where the frontier of bits and KL bends; best: least KL; smallest: fewest bits; "
+        description="knee: where the frontier of bits and KL bends (best, if it does not); best: least KL; "
+        "smallest: fewest bits; "
         "a budget as it stands in the frontier (bits=3); or the first digits of a candidate",
     )
 
@@ -36,7 +38,9 @@ def apply(context: Context, params: ApplyParams) -> None:
     allocation = pick(load_allocations(context.input("allocations")), params.pick)
     index = DatabaseIndex(context.input("database"))
     if {unit["unit"] for unit in index.units} != set(allocation.levels):
-        raise UsageError("the allocations were made with another database", hint="give `apply` the same `compress` stage")
+        raise UsageError(
+            "the allocations were made with another database", hint="give `apply` the same `compress` stage"
+        )
     write = partial(_write_weights, model=context.model, database=context.input("database"), out=context.out)
     context.executor.map(write, [allocation], note="models")
 
@@ -47,15 +51,17 @@ def pick(allocations: list[Allocation], how: str) -> Allocation:
     Raises:
         UsageError: nothing fits.
     """
-    measured = [allocation for allocation in allocations if allocation.kl is not None]
-    if how in ("knee", "best", "smallest") and not measured:
-        raise UsageError("no allocation has a finite KL", hint="raise the budget")
-    if how == "best":
-        return min(measured, key=lambda allocation: (allocation.kl, allocation.bits))
-    if how == "smallest":
-        return min(measured, key=lambda allocation: (allocation.bits, allocation.kl))
-    if how == "knee":
-        return measured[knee([a.bits for a in measured], [a.kl for a in measured])]
+    if how in ("knee", "best", "smallest"):
+        measured = [
+            (allocation.bits, allocation.kl, allocation) for allocation in allocations if allocation.kl is not None
+        ]
+        if not measured:
+            raise UsageError("no allocation has a finite KL", hint="raise the budget")
+        points = np.array([(bits, kl) for bits, kl, _ in measured])
+        front = sorted(np.flatnonzero(non_dominated(points)), key=lambda number: measured[number][:2])
+        bend = knee(points[front, 0], points[front, 1]) if how == "knee" else None
+        place = 0 if how == "smallest" else -1 if bend is None else bend  # bits rise along the front, KL falls
+        return measured[front[place]][2]
     fitting = [a for a in allocations if a.budget == how or (len(how) >= 4 and a.candidate.startswith(how))]
     if not fitting:
         known = ", ".join(f"{allocation.budget} ({allocation.candidate})" for allocation in allocations)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from layerwise.stages.contract import Context, ModelSource, Params, Stage
-from layerwise.stages.text import load_sequences, tokenized
+from layerwise.stages.text import Tokens, load_sequences, tokenized
 
 
 class CalibrateParams(Params):
@@ -38,10 +38,10 @@ def calibrate(context: Context, params: CalibrateParams) -> None:
     """
     tokens = tokenized(context, params.data)
     shards = range(params.shards)
-    collect_shard = partial(
-        _collect_shard, model=context.model, params=params, tokens=tokens, folder=context.items
+    collect_shard = partial(_collect_shard, model=context.model, params=params, tokens=tokens, folder=context.items)
+    answers = context.executor.map(
+        collect_shard, list(shards), keys=[f"shard-{shard}" for shard in shards], note="shards"
     )
-    answers = context.executor.map(collect_shard, list(shards), keys=[f"shard-{shard}" for shard in shards], note="shards")
     units = answers[0]["units"]
     for unit in units:
         # A shard may hold no sequence at all; the first one always does.
@@ -61,7 +61,7 @@ def calibrate(context: Context, params: CalibrateParams) -> None:
 
 
 def _collect_shard(
-    shard: int, *, model: ModelSource, params: CalibrateParams, tokens: Path, folder: Path
+    shard: int, *, model: ModelSource, params: CalibrateParams, tokens: Tokens, folder: Path
 ) -> dict[str, Any]:
     """Statistics of one shard, as files in its folder; what the stage needs to know of the model comes back."""
     from layerwise.stages.models.causal_lm import CausalLM, select_units

@@ -22,6 +22,7 @@ Row = Mapping[str, Any]
 """One record of a results table; columns as in `layerwise.results.schema`."""
 
 Item = TypeVar("Item")
+Item_contra = TypeVar("Item_contra", contravariant=True)
 Answer = TypeVar("Answer")
 
 
@@ -96,10 +97,10 @@ class TextSource:
     tokens: int | None = None
 
 
-class Replicas(Protocol[Item, Answer]):
+class Replicas(Protocol[Item_contra, Answer]):
     """Copies of one loaded object (a model, say) that answer calls in parallel."""
 
-    def map(self, items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
+    def map(self, items: Sequence[Item_contra], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
         """Answer every item; the answers stand in the order of the items, whoever finished first.
 
         Args:
@@ -123,12 +124,14 @@ class Executor(Protocol):
             items: picklable, and small: paths and names rather than tensors.
             keys: one name per item. With them each answer is stored as it arrives, so an interrupted stage repeats
                 no finished item; an answer must then be JSON, and whatever else `fn` writes must stand under
-                `Context.items` before it returns.
+                `Context.items` before it returns. Within a stage a function may meet a key only once.
             note: what the items are ("units", "shards"), for the progress display.
         """
         ...
 
-    def replicas(self, factory: Callable[[], Callable[[Item], Answer]]) -> AbstractContextManager[Replicas[Item, Answer]]:
+    def replicas(
+        self, factory: Callable[[], Callable[[Item], Answer]]
+    ) -> AbstractContextManager[Replicas[Item, Answer]]:
         """Load `factory()` once per worker and keep it there; a lost worker is replaced and its call repeated."""
         ...
 

@@ -20,7 +20,7 @@ from layerwise.stages.applied import AppliedModel, AppliedModels
 from layerwise.stages.contract import Context, Params, Port, Row, Stage
 from layerwise.stages.database import DatabaseIndex
 from layerwise.stages.scoring import DENSE, Genome, Measurement, Request, Score, evaluator_factory, score
-from layerwise.stages.text import tokenized
+from layerwise.stages.text import Tokens, tokenized
 
 Metric = Literal["perplexity", "kl", "agreement"]
 MEASURED_AS = {"perplexity": "nll", "kl": "kl", "agreement": "agreement"}
@@ -49,11 +49,11 @@ def evaluate(context: Context, params: EvaluateParams) -> None:
     if not context.inputs["allocations"] and not context.inputs["models"]:
         raise UsageError("nothing to evaluate", hint="add an `allocate` or an `apply` stage to `needs`")
     tokens = tokenized(context, params.data)
-    found = {}
+    found: dict[str, Score] = {}
     if context.inputs["allocations"]:
-        found |= _score(context, params, tokens, *_allocations(context))
+        found |= _score(context, params, tokens, "allocations", *_allocations(context))
     if context.inputs["models"]:
-        found |= _score(context, params, tokens, *_models(context))
+        found |= _score(context, params, tokens, "models", *_models(context))
     (context.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     context.record(
         "metrics",
@@ -91,14 +91,14 @@ def _models(context: Context) -> tuple[dict[str, Genome], Levels]:
 
 
 def _score(
-    context: Context, params: EvaluateParams, tokens: Path, genomes: dict[str, Genome], levels: Levels
+    context: Context, params: EvaluateParams, tokens: Tokens, note: str, genomes: dict[str, Genome], levels: Levels
 ) -> dict[str, Score]:
     metrics = tuple(MEASURED_AS[metric] for metric in params.metrics)
     request = Request(tuple(genomes.values()), metrics, sequences=True)
     with context.executor.replicas(
         evaluator_factory(context, tokens, batch_tokens=params.batch_tokens, **levels)
     ) as pool:
-        scores = score(pool, request, workers=context.executor.workers, note="candidates")
+        scores = score(pool, request, workers=context.executor.workers, note=note)
     return dict(zip(genomes, scores, strict=True))
 
 

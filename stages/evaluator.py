@@ -24,6 +24,7 @@ from layerwise.errors import NotFinite
 from layerwise.stages.models.causal_lm import CausalLM, Stream
 from layerwise.stages.scoring import DENSE, Measurement, Request, Score
 
+
 class LevelSource(Protocol):
     """Weights by unit and level index: a database, or compressed models."""
 
@@ -63,7 +64,7 @@ class Evaluator:
         self.batch_size = max(1, batch_tokens // sequences.shape[1])
         by_name = {unit.name: unit for unit in model.units}
         self.units = [by_name[name] for name in levels.unit_names]
-        self.dense = [model.module(unit.name).weight.data for unit in self.units]  # type: ignore[union-attr]
+        self.dense = [model.weight(unit).data for unit in self.units]
         self._cache = _Bounded(cache_bytes)
         self._references = _Bounded(reference_bytes)
 
@@ -128,17 +129,18 @@ class Evaluator:
     def _install(self, genome: Sequence[int]) -> None:
         for index, (unit, level) in enumerate(zip(self.units, genome, strict=True)):
             weight = self.dense[index] if level == DENSE else self._decoded(index, level)
-            module = self.model.module(unit.name)
-            if module.weight.data_ptr() != weight.data_ptr():  # type: ignore[operator, union-attr]
-                module.weight.data = weight  # type: ignore[union-attr]
+            parameter = self.model.weight(unit)
+            if parameter.data_ptr() != weight.data_ptr():
+                parameter.data = weight
 
     def _decoded(self, index: int, level: int) -> Tensor:
-        cached = self._cache.get((index, level))
-        if cached is None:
+        decoded = self._cache.get((index, level))
+        if decoded is None:
+            dense = self.dense[index]
             weight = self.levels.weight(self.units[index].name, level)
-            cached = self.dense[index] if weight is None else weight.to(self.dense[index].dtype).contiguous()
-            self._cache.put((index, level), cached)
-        return cached
+            decoded = dense if weight is None else weight.to(dense.dtype).contiguous()
+            self._cache.put((index, level), decoded)
+        return decoded
 
     def _reference(self, batch: tuple[int, ...], length: int, stream: Stream) -> Tensor:
         """Logits of the dense model."""

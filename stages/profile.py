@@ -47,9 +47,7 @@ def profile(context: Context, params: ProfileParams) -> None:
     document = {
         "units": [unit["unit"] for unit in units],
         "levels": [[level["level"] for level in unit["levels"]] for unit in units],
-        "metrics": {
-            metric: [[level["mean"] for level in unit] for unit in table] for metric, table in tables.items()
-        },
+        "metrics": {metric: [[level["mean"] for level in unit] for unit in table] for metric, table in tables.items()},
         "evaluated_tokens": sum(evaluated),
     }
     (context.out / "profile.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
@@ -68,9 +66,7 @@ def _measure(context: Context, params: ProfileParams, metric: Metric, units: lis
 
 def _one_unit_changed(context: Context, params: ProfileParams, units: list[dict[str, Any]]) -> Table:
     tokens = tokenized(context, params.data)
-    factory = evaluator_factory(
-        context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens
-    )
+    factory = evaluator_factory(context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens)
     usable = [[number for number, level in enumerate(unit["levels"]) if level["status"] == "ok"] for unit in units]
     dense = (DENSE,) * len(units)
     requests = [

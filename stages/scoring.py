@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.stages.contract import Context, ModelSource, Replicas
+from layerwise.stages.text import Tokens
 
 DENSE = -1
 """The genome entry of a unit that keeps its own weight."""
@@ -62,7 +63,7 @@ Pool = Replicas[Request, list[Score]]
 
 
 def evaluator_factory(
-    context: Context, tokens: Path, *, database: Path | None = None, models: Sequence[Path] = (), batch_tokens: int
+    context: Context, tokens: Tokens, *, database: Path | None = None, models: Sequence[Path] = (), batch_tokens: int
 ) -> Callable[[], Callable[[Request], list[Score]]]:
     """What `Executor.replicas` takes: loads a model, text and levels on a worker.
 
@@ -77,7 +78,7 @@ def evaluator_factory(
 
 
 def _open_evaluator(
-    model: ModelSource, tokens: Path, database: Path | None, models: tuple[Path, ...], batch_tokens: int
+    model: ModelSource, tokens: Tokens, database: Path | None, models: tuple[Path, ...], batch_tokens: int
 ) -> Callable[[Request], list[Score]]:
     from layerwise.stages.applied import AppliedModels
     from layerwise.stages.database import Database
@@ -106,7 +107,7 @@ def score(pool: Pool, request: Request, *, workers: int, note: str = "") -> list
     order = sorted(range(len(request.genomes)), key=request.genomes.__getitem__)
     parts = [part for part in _split(order, workers) if part]
     requests = [replace(request, genomes=tuple(request.genomes[number] for number in part)) for part in parts]
-    answers = pool.map(requests, keys=[part.key for part in requests], note=note)
+    answers = pool.map(requests, keys=[f"{part.key}-{note}" for part in requests], note=note)
     scores: list[Score] = [{} for _ in order]
     for part, answer in zip(parts, answers, strict=True):
         for number, measured in zip(part, answer, strict=True):

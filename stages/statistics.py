@@ -135,5 +135,3 @@ def add_up(parts: Sequence[Path], target: Path) -> None:
                 tensor = file.get_tensor(name)
                 total[name] = total[name] + tensor if name in total else tensor
     save_file(total, target)
-
-

@@ -7,9 +7,10 @@ chapter does not stand for the book. The ids are written once per stage and memo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,37 +22,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def tokenized(context: Context, name: str) -> Path:
-    """Path of the sequences of one of the workflow's texts, tokenized on a worker if need be.
+@dataclass(frozen=True)
+class Tokens:
+    """A text as sequences of token ids.
+
+    Args:
+        path: an .npy file, (sequences, length), int32.
+        total: tokens in it.
+    """
+
+    path: Path
+    total: int
+
+
+def tokenized(context: Context, name: str) -> Tokens:
+    """The sequences of one of the workflow's texts, tokenized on a worker if need be.
 
     Args:
         context: the stage's.
         name: key in the workflow's `data:` section.
-    Returns:
-        an .npy file, (sequences, length), int32.
     Raises:
         DataError: the text is shorter than one sequence, or than the tokens asked for.
     """
     target = context.items / f"tokens-{name}.npy"
     write = partial(_write_sequences, model=context.model.path, target=target)
-    context.executor.map(write, [context.data[name]], keys=[f"tokens-{name}"], note="tokenizing")
-    return target
+    (total,) = context.executor.map(write, [context.data[name]], keys=[f"tokens-{name}"])
+    return Tokens(target, total)
 
 
-def load_sequences(path: Path) -> Tensor:
-    """The sequences that `tokenized` left, as (sequences, length) int64."""
+def load_sequences(tokens: Tokens) -> Tensor:
+    """Token ids as (sequences, length) int64."""
     import torch
 
-    return torch.from_numpy(np.load(path).astype(np.int64))
+    return torch.from_numpy(np.load(tokens.path).astype(np.int64))
 
 
-def _write_sequences(source: TextSource, *, model: Path, target: Path) -> dict[str, Any]:
+def _write_sequences(source: TextSource, *, model: Path, target: Path) -> int:
     sequences = cut(encode(source, model), source)
     temporary = target.with_suffix(".partial")
     with temporary.open("wb") as stream:
         np.save(stream, sequences)
     temporary.replace(target)
-    return {"sequences": len(sequences)}
+    return int(sequences.size)
 
 
 def encode(source: TextSource, model: Path) -> NDArray[np.int32]:

@@ -9,6 +9,7 @@ Left out: Ray's object store for large things, deadlines, and duplicates of slow
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ from layerwise.pipeline.executors.ray_replicas import RayReplicas, Replica
 from layerwise.pipeline.executors.ray_session import RaySession
 from layerwise.stages.contract import Answer, Item
 
+logger = logging.getLogger(__name__)
+
 MAX_RETRIES = 3
 """How often Ray repeats a task whose process died."""
 
-_CANCEL_SECONDS = 10  # to let killed tasks go, so that none writes into a folder after `stream` ended
+_CANCEL_ROUNDS = 10  # of a second each
 
 
 class RayExecutor:
@@ -131,7 +134,12 @@ class RayExecutor:
 
 
 def _cancel(ray: Any, refs: list[Any]) -> None:
-    for ref in refs:
-        ray.cancel(ref, force=True)
-    if refs:
-        ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)
+    """End tasks, and see to it that they ended: Ray can miss one that is just on its way to a worker."""
+    refs = refs[::-1]  # the queued before the running, whose slots they would take
+    for _ in range(_CANCEL_ROUNDS):
+        if not refs:
+            return
+        for ref in refs:
+            ray.cancel(ref, force=True)
+        _, refs = ray.wait(refs, num_returns=len(refs), timeout=1)
+    logger.warning("%d cancelled tasks did not end; they may go on for a while", len(refs))

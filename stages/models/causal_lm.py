@@ -82,7 +82,7 @@ class CausalLM:
         self.model = model.eval().requires_grad_(False)
         self.block_path, self.blocks = _find_blocks(model)
         self.units = tuple(self._find_units())
-        self._modules = dict(model.named_modules())
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
 
     @classmethod
     def load(cls, source: ModelSource) -> CausalLM:
@@ -112,7 +112,14 @@ class CausalLM:
 
     def module(self, name: str) -> nn.Module:
         """A submodule by its full name."""
-        return self._modules[name]
+        module: nn.Module = self._modules[name]
+        return module
+
+    def weight(self, unit: Unit) -> Tensor:
+        """The parameter that holds a unit's weight, as the model keeps it."""
+        weight = self.module(unit.name).weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def stored_name(self, unit: Unit, checkpoint: Checkpoint) -> str:
         """Name of a unit's weight in the checkpoint.
@@ -120,12 +127,11 @@ class CausalLM:
         Raises:
             UnsupportedModel: the checkpoint keeps it under another name or in another shape.
         """
-        weight = self.module(unit.name).weight
-        assert isinstance(weight, Tensor)
-        name = checkpoint.find(f"{unit.name}.weight", tuple(weight.shape), self.model.base_model_prefix)
+        shape = tuple(self.weight(unit).shape)
+        name = checkpoint.find(f"{unit.name}.weight", shape, str(self.model.base_model_prefix))
         if name is None:
             raise UnsupportedModel(
-                f"{checkpoint.folder}: no tensor {unit.name}.weight of shape {tuple(weight.shape)}",
+                f"{checkpoint.folder}: no tensor {unit.name}.weight of shape {shape}",
                 hint="load the model with transformers and save it again with `save_pretrained`",
             )
         return name
@@ -219,7 +225,9 @@ def select_units(units: Sequence[Unit], targets: Sequence[str], ignore: Sequence
 
     def named(unit: Unit, patterns: Sequence[str]) -> bool:
         return any(
-            re.match(pattern[3:], unit.name) is not None if pattern.startswith("re:") else pattern in (unit.name, unit.kind)
+            re.match(pattern[3:], unit.name) is not None
+            if pattern.startswith("re:")
+            else pattern in (unit.name, unit.kind)
             for pattern in patterns
         )
 
@@ -241,7 +249,8 @@ def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The ModuleList that is the depth of the model: as long as the config says, of one class."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    config: Any = model.config
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(block) for block in module}) == 1:
             return name, module

@@ -63,7 +63,7 @@ def test_bytes_are_drawn_in_a_readable_unit(two_runs: Store, tmp_path: Path, dra
 
 def test_the_dense_model_is_a_line_and_the_text_is_named(two_runs: Store, tmp_path: Path, drawn: list[Figure]) -> None:
     frame = frontier_table(two_runs).assign(heldout_perplexity=[9.0, 8.0, 7.0], heldout_data="wiki")
-    plot_frontier(frame, tmp_path / "front.png", loss="heldout_perplexity", dense=6.5)
+    plot_frontier(frame, tmp_path / "front.png", loss="heldout_perplexity", dense_losses={"heldout_perplexity": 6.5})
     assert "dense model" in legend(drawn[0])
     assert drawn[0].axes[0].get_ylabel() == "perplexity (held-out)"
     assert drawn[0].axes[0].get_title(loc="left") == "run run-b, measured on wiki"

@@ -1,10 +1,13 @@
 """Train the demo model: a small Llama on the documentation that comes with Python.
 
-The workflows and tests of this repository need a real language model that is small enough to commit and to compress in seconds on a CPU,
-with layers that differ in how much harm their compression does. A random model has no such differences, and a downloaded one needs a network.
-So this script makes one from text that every Python has: the docstrings of the standard library (read from the source files, nothing is imported)
-and the language reference of ``pydoc_data.topics``. The text depends on the Python version, the weights also on the machine's arithmetic;
-a retrained model is therefore alike, not equal.
+The workflows and tests of this repository need a real language model that is small enough to commit and to compress
+in seconds on a CPU, with layers that differ in how much harm their compression does. A random model has no such
+differences, and a downloaded one needs a network. So this script makes one from text that every Python has: the
+docstrings of the standard library (parsed from its source files, which are not imported) and the language reference
+in ``pydoc_data.topics``. The text depends on the Python version and the weights on the machine's arithmetic; a
+retrained model is therefore alike, not equal.
+
+@@CURVE@@
 """
 
 from __future__ import annotations
@@ -12,33 +15,35 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import itertools
 import math
+import re
 import sysconfig
 import time
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED = 0
 SEQ_LEN = 256
-BATCH = 32
+BATCH = 8  # small, because an epoch is only 450 thousand tokens and steps are what a short training lacks
 PEAK_LR = 3e-3
 WEIGHT_DECAY = 0.1
 DROPOUT = 0.1
-REPORT_EVERY = 100
+REPORT_EVERY = 250
 HELDOUT_CHARS = 180_000
 CALIBRATION_CHARS = 340_000
 LARGE_CHARS = 40_000  # a bigger package would be most of a small set, so it goes to the training set
 MIN_CHARS = 40  # shorter docstrings say nothing; shorter paragraphs may recur
 END_OF_TEXT = "<|endoftext|>"
-SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings", "sitecustomize.py"}
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "pydoc_data", "encodings", "sitecustomize.py"}
 SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "_aix_support", "_osx_support", "msilib")
 
 
@@ -72,8 +77,8 @@ def collect_documents() -> dict[str, str]:
 def split(documents: dict[str, str]) -> dict[str, list[str]]:
     """Deal whole documents to the held-out, the calibration and the training set, in this order.
 
-    Documents come in the order of their name's CRC-32, which is arbitrary but fixed, and go to the first set that is not full. A paragraph
-    that was seen before (white space aside) is dropped, so that no two sets share one.
+    Documents come in the order of their name's CRC-32, which is arbitrary but fixed, and go to the first set that is
+    not full. A paragraph that was seen before (white space aside) is dropped, so that no two sets share one.
     """
     sets: dict[str, list[str]] = {"heldout": [], "calibration": [], "train": []}
     wanted = {"heldout": HELDOUT_CHARS, "calibration": CALIBRATION_CHARS}
@@ -82,15 +87,15 @@ def split(documents: dict[str, str]) -> dict[str, list[str]]:
     small = sorted(documents.keys() - set(large), key=lambda name: zlib.crc32(name.encode()))
     for name in small + large:
         kept = []
-        for paragraph in documents[name].split("\n\n"):
+        for paragraph in re.split(r"\n\s*\n", documents[name]):
             words = " ".join(paragraph.split())
             if len(words) <= MIN_CHARS or words not in seen:
                 kept.append(paragraph.rstrip())
             seen.add(words)
         text = "\n\n".join(kept).strip()
-        target = next((key for key, size in wanted.items() if sum(map(len, sets[key])) < size and name not in large), "train")
+        open_sets = [key for key, size in wanted.items() if sum(map(len, sets[key])) < size and name not in large]
         if len(text) >= MIN_CHARS:
-            sets[target].append(text)
+            sets[open_sets[0] if open_sets else "train"].append(text)
     return sets
 
 
@@ -100,7 +105,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2048, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
@@ -126,9 +132,9 @@ def new_model(vocab_size: int) -> LlamaForCausalLM:
 def heldout_loss(model: LlamaForCausalLM, tokens: Tensor) -> float:
     """Return the mean cross-entropy in nats over non-overlapping sequences, each on its own."""
     model.eval()
-    batches = tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN).split(BATCH)
+    parts = tokens[: len(tokens) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN).split(BATCH)
     with torch.no_grad():
-        total = sum(float(model(input_ids=ids, labels=ids).loss) * len(ids) for ids in batches)
+        total = sum(float(model(input_ids=ids, labels=ids).loss) * len(ids) for ids in parts)
     model.train()
     return total / (len(tokens) // SEQ_LEN)
 
@@ -165,18 +171,20 @@ def train(model: LlamaForCausalLM, tokens: Tensor, heldout: Tensor, steps: int) 
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    hooks = [part.register_forward_hook(drop) for block in model.model.layers for part in (block.self_attn.o_proj, block.mlp)]
+    parts = [part for block in model.model.layers for part in (block.self_attn.o_proj, block.mlp)]
+    hooks = [part.register_forward_hook(drop) for part in parts]
     losses: list[float] = []
     began = time.monotonic()
     model.train()
-    for step, ids in zip(range(1, steps + 1), batches(tokens, torch.Generator().manual_seed(SEED))):
+    endless = batches(tokens, torch.Generator().manual_seed(SEED))
+    for step, ids in enumerate(itertools.islice(endless, steps), start=1):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % REPORT_EVERY == 0 or step == steps:
             took = time.monotonic() - began
             left = took / step * (steps - step)
@@ -191,10 +199,11 @@ def main() -> None:
     """Make the texts, the tokenizer and the model, and write them into one folder."""
     parser = argparse.ArgumentParser(description="Train the demo model on Python's own documentation.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into (default: here)")
-    parser.add_argument("--steps", type=int, default=1000, help="batches to train on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="batches to train on (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
 
     sets = split(collect_documents())
     tokenizer = train_tokenizer(sets["train"])

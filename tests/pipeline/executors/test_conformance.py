@@ -14,6 +14,7 @@ import pytest
 from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.pipeline.executors import EXECUTORS, RawExecutor, Resources, open_executor
 from layerwise.pipeline.executors.inline import InlineExecutor
+from layerwise.pipeline.executors.journal import JournaledExecutor
 
 
 @pytest.fixture(params=["inline", "inline with pickle", pytest.param("ray", marks=pytest.mark.ray)])
@@ -117,6 +118,16 @@ def test_map_is_refused_while_replicas_hold_the_cores(executor: RawExecutor) -> 
     with executor.replicas(fail_to_load), pytest.raises(AssertionError, match="replicas"):
         executor.map(square, [1])
     assert executor.map(square, [2]) == [4]
+
+
+def test_a_journal_around_it_answers_a_second_attempt(executor: RawExecutor, tmp_path: Path) -> None:
+    keys = ["a", "b", "c"]
+    for found in (0, 3):
+        journal = JournaledExecutor(executor, tmp_path / "answers", tmp=tmp_path / "tmp")
+        assert journal.map(square, [1, 2, 3], keys=keys) == [1, 4, 9]
+        with journal.replicas(partial(load_square, tmp_path)) as replicas:
+            assert replicas.map([2, 3, 4], keys=keys) == [4, 9, 16]
+        assert (journal.items_total, journal.items_cached) == (6, 2 * found)
 
 
 def test_memory_of_the_workers_is_measured(executor: RawExecutor) -> None:

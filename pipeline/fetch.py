@@ -1,0 +1,123 @@
+"""Brings the dense model and the texts to local folders, and says by digest what they are.
+
+A digest covers what decides results: the weights, configuration and tokenizer files of the model, and the bytes of the
+text with how it is cut. Where the files stand does not matter, so a moved project still finds its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerwise.errors import DataError, UnsupportedModel, UsageError
+from layerwise.pipeline.artifacts import FileDigests, digest_of
+from layerwise.pipeline.sources import Model, Text
+from layerwise.pipeline.workflow import Workflow
+from layerwise.results.durable import replace_file
+from layerwise.stages.contract import ModelSource, TextSource
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.jinja")
+"""Weights, configuration and tokenizer of a Hugging Face model."""
+
+CHARACTERS_PER_TOKEN = 8
+"""More than any tokenizer's average on text: how much of a streamed dataset is read for a number of tokens."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The model and the texts, as stages get them.
+
+    Args:
+        model: the dense model.
+        model_digest: of its files and the dtype it is computed in.
+        data: the texts by name.
+        data_digests: the same, by name.
+    """
+
+    model: ModelSource
+    model_digest: str
+    data: Mapping[str, TextSource]
+    data_digests: Mapping[str, str]
+
+
+def fetch(workflow: Workflow, root: Path, digests: FileDigests) -> Fetched:
+    """Find or fetch everything, and hash it.
+
+    Args:
+        workflow: says what.
+        root: the results folder; fetched text is kept in it.
+        digests: remembers the hashes of files that did not change.
+    Raises:
+        UnsupportedModel: no model in the folder, or it cannot be fetched.
+        DataError: a dataset cannot be read.
+    """
+    folder = _model_folder(workflow.model)
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    contents = {path.name: digests.sha256(path) for path in files}
+    texts = {name: _text_source(name, text, root) for name, text in workflow.data.items()}
+    return Fetched(
+        ModelSource(folder, workflow.model.dtype),
+        digest_of({"files": contents, "dtype": workflow.model.dtype}),
+        texts,
+        {name: _text_digest(text, digests) for name, text in texts.items()},
+    )
+
+
+def _model_folder(model: Model) -> Path:
+    folder = model.path if model.path is not None else _download(model)
+    if not (folder / "config.json").is_file():
+        raise UnsupportedModel(f"{folder} holds no config.json", hint="give the folder of a Hugging Face model")
+    return folder
+
+
+def _download(model: Model) -> Path:
+    import huggingface_hub
+
+    assert model.id is not None, "a model is a folder or an id"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(model.id, revision=model.revision, allow_patterns=list(MODEL_FILES))
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"cannot fetch {model.id}: {error}",
+            hint="check the id and the connection, or give the folder of a local copy (model: ./my-model)",
+        ) from error
+
+
+def _text_source(name: str, text: Text, root: Path) -> TextSource:
+    paths = text.paths if text.dataset is None else (_dataset_text(name, text, root),)
+    return TextSource(name, paths, text.sequence_length, text.tokens)
+
+
+def _text_digest(source: TextSource, digests: FileDigests) -> str:
+    contents = [digests.sha256(path) for path in source.paths]
+    return digest_of({"text": contents, "sequence_length": source.sequence_length, "tokens": source.tokens})
+
+
+def _dataset_text(name: str, text: Text, root: Path) -> Path:
+    """The beginning of a hub dataset as a text file, as much as the tokens asked for can need; fetched once."""
+    path = root / "texts" / f"{name}-{digest_of(text.resolved())[:16]}.txt"
+    if path.is_file():
+        return path
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"data.{name}: reading the dataset {text.dataset} needs the package `datasets`",
+            hint="pip install 'layerwise[datasets]', or give local text files with `text:`",
+        ) from error
+    enough = None if text.tokens is None else text.tokens * CHARACTERS_PER_TOKEN
+    documents: list[str] = []
+    size = 0
+    try:
+        for row in datasets.load_dataset(text.dataset, text.config, split=text.split, streaming=True):
+            documents.append(row[text.column])
+            size += len(documents[-1])
+            if enough is not None and size >= enough:
+                break
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"data.{name}: cannot read {text.dataset}: {error}") from error
+    replace_file(path, "\n\n".join(documents).encode(), root / "tmp")
+    return path

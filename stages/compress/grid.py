@@ -1,0 +1,162 @@
+"""Uniform grids: integer codes, and for each group of a row one scale and, if asymmetric, one zero point.
+
+Here is what rounding to nearest and GPTQ share: parameters, fitting by minimum and maximum, rounding, and the level
+made of it. A weight is (code - zero) · scale. Scales are rounded to float16 *before* anything is quantized, so that a
+level decodes to exactly the values that the method saw. Everything is computed in the dtype of what comes in; the
+methods use float64, where two ways of ordering the same sum practically never round to different codes.
+
+Left out: searching for a smaller range than minimum to maximum, and non-uniform grids.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AliasChoices, BeforeValidator, Field, field_validator
+
+from layerwise.errors import NotFinite
+from layerwise.stages.compress import MenuEntry
+from layerwise.stages.level import Level
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALLEST_SCALE = 2.0**-24
+"""Least positive float16: a subnormal, which decodes as exactly as any other. Groups of zeros get it, and groups so
+small that their scale would round to zero; both then decode to zeros."""
+
+
+class GridParams(MenuEntry):
+    """Parameters of every method that rounds to a uniform grid."""
+
+    bits: Annotated[
+        tuple[Annotated[int, Field(ge=2, le=8)], ...],
+        BeforeValidator(lambda bits: bits if isinstance(bits, list | tuple) else (bits,)),
+    ] = Field(
+        min_length=1,
+        validation_alias=AliasChoices("bits", "num_bits", "wbits"),
+        description="bits per weight, one level for each; a number or a list of 2 to 8",
+    )
+    group_size: int = Field(128, ge=-1, description="input weights that share one scale; -1 for the whole row")
+    sym: bool = Field(
+        True,
+        validation_alias=AliasChoices("sym", "symmetric"),
+        description="the grid is centred on zero; otherwise a zero point is stored per group",
+    )
+
+    @field_validator("bits")
+    @classmethod
+    def _distinct(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(bits)) != len(bits):
+            raise ValueError("the same number of bits stands twice")
+        return bits
+
+    @field_validator("group_size")
+    @classmethod
+    def _not_zero(cls, group_size: int) -> int:
+        if group_size == 0:
+            raise ValueError("must be at least 1, or -1 for the whole row")
+        return group_size
+
+    def level_names(self) -> list[str]:
+        """`gptq-3b-g128`, `rtn-4b-row-asym`, ..."""
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return [
+            "-".join([self.method, f"{bits}b", group, *([] if self.sym else ["asym"]), *self._name_suffixes()])
+            for bits in self.bits
+        ]
+
+    def _name_suffixes(self) -> list[str]:
+        """What else tells apart the levels of two menu entries of this method."""
+        return []
+
+    def columns_per_group(self, columns: int) -> int:
+        """Columns that share one scale, of a unit with so many; the last group may be shorter."""
+        return columns if self.group_size == -1 else min(self.group_size, columns)
+
+
+def fit(low: Tensor, high: Tensor, max_code: Tensor | int, sym: bool) -> tuple[Tensor, Tensor]:
+    """Fit one grid to each range of weights.
+
+    Symmetric: scale = max|w| / ((2^b - 1) / 2), zero = 2^(b-1). Asymmetric: the range is widened to contain 0, scale =
+    (high - low) / (2^b - 1), zero = -low / scale, rounded and clamped.
+
+    Args:
+        low, high: least and greatest weight of each group, any shape.
+        max_code: 2^b - 1; several bit-widths as a tensor that broadcasts against `low`.
+        sym: centred on zero.
+    Returns:
+        scale, with values that float16 holds (Inf where it does not), and zero point, both in the dtype of `low`.
+    Source: GPTQ, arXiv:2210.17323, section 4; formulas as in compressed-tensors 0.20.
+    """
+    if sym:
+        scale = _as_float16(low.abs().maximum(high.abs()) / (max_code / 2))
+        return scale, ((max_code + 1) / 2) + scale.new_zeros(scale.shape)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _as_float16((high - low) / max_code)
+    return scale, clamp_codes((-low / scale).round(), max_code)
+
+
+def _as_float16(scale: Tensor) -> Tensor:
+    """The nearest float16, at least SMALLEST_SCALE; in the dtype of `scale`.
+
+    Torch converts float64 by way of float32, and rounding twice gives a neighbour of the nearest in one of 10,000 cases.
+    """
+    import torch
+
+    exponent = torch.frexp(scale).exponent
+    step = torch.ldexp(torch.ones_like(scale), (exponent - 11).clamp(min=-24))  # 11 bits of mantissa, or a subnormal
+    return ((scale / step).round() * step).half().to(scale.dtype).clamp(min=SMALLEST_SCALE)
+
+
+def quantize(W: Tensor, scale: Tensor, zero: Tensor, max_code: Tensor | int) -> Tensor:
+    """Codes of the nearest grid points, in the dtype of `W`; weights beyond the ends of a grid get its end."""
+    return clamp_codes((W / scale).round() + zero, max_code)
+
+
+def clamp_codes(codes: Tensor, max_code: Tensor | int) -> Tensor:
+    """Bring codes into 0 .. max_code."""
+    codes = codes.clamp(min=0)
+    return codes.clamp(max=max_code) if isinstance(max_code, int) else codes.minimum(max_code)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The weights that codes stand for; what `Level.decode` does, for grids that are not a level yet."""
+    return (codes - zero) * scale
+
+
+def grid_level(
+    name: str, recipe: dict[str, Any], codes: Tensor, *, scale: Tensor, zero: Tensor, group: Tensor | None = None
+) -> Level:
+    """Encode codes and grids as a level.
+
+    Args:
+        name: the level's.
+        recipe: with `method`, `bits`, `group_size` and `sym`; `encoding` is added.
+        codes: (out, in), whole numbers of any dtype.
+        scale, zero: (out, groups).
+        group: (in,), the group of each column if columns are not grouped in their order.
+    Raises:
+        NotFinite: a scale is too large for float16.
+    """
+    import torch
+
+    from layerwise.kernels.packing import pack
+
+    if not scale.isfinite().all():
+        raise NotFinite(f"level {name}: a group's weights are too large for a float16 scale")
+    bits = recipe["bits"]
+    tensors = {"codes": pack(codes.to(torch.uint8), bits), "scale": scale.half().contiguous()}
+    if not recipe["sym"]:
+        tensors["zero"] = pack(zero.to(torch.uint8), bits)
+    if group is not None:
+        tensors["g_idx"] = group.to(torch.int32)
+    rows, columns = codes.shape
+    return Level(name, {"encoding": "grid", **recipe}, (rows, columns), tensors)
+
+
+def check_finite(what: str, tensor: Tensor) -> None:
+    """Raise NotFinite if there is a NaN or Inf."""
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise NotFinite(f"the {what} has {bad} NaN or Inf among its {tensor.numel()} values")

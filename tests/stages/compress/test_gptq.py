@@ -1,0 +1,328 @@
+"""GPTQ against its published recursion in float64 and, on tiny layers, against every possible choice of codes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerwise.errors import NotFinite, UsageError
+from layerwise.stages.compress import gptq as gptq_module
+from layerwise.stages.compress.gptq import Params, gptq, inverse_factor
+from layerwise.stages.compress.rtn import Params as RtnParams
+from layerwise.stages.compress.rtn import rtn
+from layerwise.stages.level import Level, grid_columns
+
+Matrix = NDArray[np.float64]
+
+
+def layer(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight and the Hessian of inputs with a few strong common directions and uneven channels."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn((columns, 3 * columns), generator=generator)
+    X += 2 * torch.randn((columns, 3), generator=generator) @ torch.randn((3, 3 * columns), generator=generator)
+    X *= 0.2 + torch.rand((columns, 1), generator=generator)
+    return torch.randn((rows, columns), generator=generator) * 0.05, X @ X.T
+
+
+# --- the published recursion, one bit-width, one column at a time, no blocks ------------------------------------------
+
+
+def reference_grid(G: Matrix, bits: int, sym: bool) -> tuple[Matrix, Matrix]:
+    n = 2**bits - 1
+    if sym:
+        scale, zero = np.abs(G).max(1) / (n / 2), np.full(len(G), 2.0 ** (bits - 1))
+    else:
+        scale = (np.maximum(G.max(1), 0) - np.minimum(G.min(1), 0)) / n
+    scale = np.maximum(scale.astype(np.float16).astype(np.float64), 2.0**-24)
+    if not sym:
+        zero = np.clip(np.round(-np.minimum(G.min(1), 0) / scale), 0, n)
+    return scale, zero
+
+
+def reference_gptq(weight: Tensor, hessian: Tensor, bits: int, **options: Any) -> Matrix:
+    """Algorithm 1 of arXiv:2210.17323: the decoded weight."""
+    options = {"group_size": -1, "sym": True, "desc_act": False, "damp_percent": 0.01} | options
+    W, H = weight.double().numpy().copy(), hessian.double().numpy().copy()
+    columns = len(H)
+    size = columns if options["group_size"] == -1 else options["group_size"]
+    dead = np.diag(H) == 0
+    H[dead, dead] = 1
+    W[:, dead] = 0
+    static = [reference_grid(W[:, start : start + size], bits, options["sym"]) for start in range(0, columns, size)]
+    order = np.argsort(-np.diag(H), kind="stable") if options["desc_act"] else np.arange(columns)
+    W, H = W[:, order], H[order][:, order]
+    H += options["damp_percent"] * np.diag(H).mean() * np.eye(columns)
+    U = np.linalg.cholesky(np.linalg.inv(H)).T
+    Q = np.zeros_like(W)
+    for j in range(columns):
+        if options["desc_act"] == "static":
+            scale, zero = static[order[j] // size]
+        elif j % size == 0:
+            scale, zero = reference_grid(W[:, j : j + size], bits, options["sym"])
+        Q[:, j] = (np.clip(np.round(W[:, j] / scale) + zero, 0, 2**bits - 1) - zero) * scale
+        err = (W[:, j] - Q[:, j]) / U[j, j]
+        W[:, j:] -= np.outer(err, U[j, j:])
+    return Q[:, np.argsort(order)]
+
+
+# A code would differ only if w / scale came within the rounding of float64 (1e-16, times the condition of H) of a half;
+# in these fixed cases none does, so what is left is 0. 1e-5 is what is promised.
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("desc_act", [False, True, "static"])
+@pytest.mark.parametrize(
+    ("columns", "group_size", "block_size"),
+    [
+        pytest.param(96, 32, 32, id="block = group"),
+        pytest.param(96, 16, 48, id="groups within a block"),
+        pytest.param(96, 48, 32, id="a group over several blocks"),
+        pytest.param(100, 24, 128, id="a shorter last group"),
+        pytest.param(100, 30, 64, id="groups that do not divide the block"),
+        pytest.param(70, -1, 32, id="one group"),
+        pytest.param(40, 128, 128, id="a group larger than the layer"),
+    ],
+)
+def test_gptq_is_the_published_recursion(
+    columns: int, group_size: int, block_size: int, desc_act: Any, sym: bool
+) -> None:
+    weight, hessian = layer(12, columns)
+    options: dict[str, Any] = {"group_size": group_size, "sym": sym, "desc_act": desc_act}
+    for level in gptq(weight, hessian, Params(bits=(2, 3, 4, 6, 8), block_size=block_size, **options)):
+        expected = reference_gptq(weight, hessian, level.recipe["bits"], **options)
+        assert np.abs(level.decode().numpy() - expected).max() <= TOLERANCE, level.name
+
+
+@pytest.mark.parametrize("damp_percent", [0.001, 0.05, 0.5])
+def test_damping_is_a_share_of_the_mean_diagonal(damp_percent: float) -> None:
+    weight, hessian = layer(8, 40)
+    (level,) = gptq(weight, hessian, Params(bits=(3,), damp_percent=damp_percent))
+    expected = reference_gptq(weight, hessian, 3, damp_percent=damp_percent)
+    assert np.abs(level.decode().numpy() - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("desc_act", [False, True, "static"])
+def test_weights_of_inputs_that_are_always_zero_become_zero(desc_act: Any) -> None:
+    weight, hessian = layer(8, 40)
+    dead = [0, 17, 39]
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    options: dict[str, Any] = {"group_size": 16, "desc_act": desc_act}
+    (level,) = gptq(weight, hessian, Params(bits=(3,), **options))
+    assert not level.decode()[:, dead].any()
+    assert np.abs(level.decode().numpy() - reference_gptq(weight, hessian, 3, **options)).max() <= TOLERANCE
+
+
+# --- against every choice of codes ------------------------------------------------------------------------------------
+
+
+def damped(H: Tensor) -> Tensor:
+    H = H.double()
+    return H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+
+
+def errors_of_all_codes(level: Level, weight: Tensor, H: Tensor) -> Tensor:
+    """Error of one row for each of the 4^in choices of 2-bit codes on the level's own grid."""
+    _, scale, _, _ = grid_columns(level)
+    points = (torch.arange(4, dtype=torch.float64) - 2) * scale[0].double()
+    choices = torch.tensor(list(itertools.product(points.tolist(), repeat=weight.shape[1])), dtype=torch.float64)
+    D = choices - weight.double()
+    return ((D @ H) * D).sum(1)
+
+
+def error_of(level: Level, weight: Tensor, H: Tensor) -> float:
+    D = level.decode().double() - weight.double()
+    return float(((D @ H.double()) * D).sum())
+
+
+def test_nothing_beats_the_best_of_all_codes_and_gptq_comes_closer_to_it_than_rounding() -> None:
+    quantized = rounded = best = 0.0
+    for seed in range(40):
+        weight, hessian = layer(1, 5, seed=seed)
+        H = damped(hessian)
+        (level,) = gptq(weight, hessian, Params(bits=(2,), group_size=-1))
+        (nearest,) = rtn(weight, None, RtnParams(bits=(2,), group_size=-1))
+        optimum = float(errors_of_all_codes(level, weight, H).min())
+        assert error_of(level, weight, H) >= optimum * (1 - 1e-9)
+        best += optimum
+        quantized += error_of(level, weight, H)
+        rounded += error_of(nearest, weight, H)
+    assert best < quantized < rounded
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_last_code_is_the_best_one_given_all_others(seed: int) -> None:
+    weight, hessian = layer(1, 5, seed=seed)
+    H = damped(hessian)
+    (level,) = gptq(weight, hessian, Params(bits=(2,), group_size=-1))
+    codes, *_ = grid_columns(level)
+    place = sum(int(code) * 4 ** (4 - column) for column, code in enumerate(codes[0, :4]))
+    siblings = errors_of_all_codes(level, weight, H)[place : place + 4]
+    assert error_of(level, weight, H) == pytest.approx(float(siblings.min()), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_diagonal_hessian_gptq_is_rounding_and_optimal(seed: int) -> None:
+    weight, _ = layer(1, 5, seed=seed)
+    hessian = torch.diag(torch.rand(5, generator=torch.Generator().manual_seed(seed)) + 0.1)
+    (level,) = gptq(weight, hessian, Params(bits=(2,), group_size=-1))
+    (nearest,) = rtn(weight, None, RtnParams(bits=(2,), group_size=-1))
+    assert all(torch.equal(level.tensors[key], nearest.tensors[key]) for key in nearest.tensors)
+    H = hessian.double()
+    assert error_of(level, weight, H) == pytest.approx(float(errors_of_all_codes(level, weight, H).min()), rel=1e-12)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_with_a_diagonal_hessian_gptq_and_rounding_store_the_same_bits(sym: bool) -> None:
+    weight, hessian = layer(16, 100)
+    levels = gptq(weight, torch.diag(hessian.diagonal()), Params(bits=(2, 3, 5, 8), group_size=24, sym=sym))
+    for level, nearest in zip(
+        levels, rtn(weight, None, RtnParams(bits=(2, 3, 5, 8), group_size=24, sym=sym)), strict=True
+    ):
+        assert level.tensors.keys() == nearest.tensors.keys()
+        assert all(torch.equal(level.tensors[key], nearest.tensors[key]) for key in nearest.tensors)
+
+
+@pytest.mark.parametrize("desc_act", [False, True, "static"])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_gptq_beats_rounding_at_every_bit_width_where_inputs_are_correlated(
+    seed: int, sym: bool, desc_act: Any
+) -> None:
+    weight, hessian = layer(24, 64, seed=seed)
+    bits = (2, 3, 4, 5, 6, 7, 8)
+    levels = gptq(weight, hessian, Params(bits=bits, group_size=32, sym=sym, desc_act=desc_act))
+    for level, nearest in zip(levels, rtn(weight, None, RtnParams(bits=bits, group_size=32, sym=sym)), strict=True):
+        assert error_of(level, weight, hessian) < error_of(nearest, weight, hessian), level.name
+
+
+# --- properties of this implementation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_bit_width_does_not_depend_on_its_company(sym: bool) -> None:
+    weight, hessian = layer(8, 50)
+    options: dict[str, Any] = {"group_size": 16, "sym": sym}
+    for level in gptq(weight, hessian, Params(bits=(2, 3, 4, 8), **options)):
+        (alone,) = gptq(weight, hessian, Params(bits=(level.recipe["bits"],), **options))
+        assert all(torch.equal(level.tensors[key], alone.tensors[key]) for key in level.tensors)
+
+
+@pytest.mark.parametrize("desc_act", [False, True, "static"])
+def test_neither_blocks_nor_the_split_into_rows_change_the_levels(
+    desc_act: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = layer(9, 50)
+
+    def levels(block_size: int) -> list[Level]:
+        return gptq(weight, hessian, Params(bits=(2, 4), group_size=12, desc_act=desc_act, block_size=block_size))
+
+    expected = levels(128)
+    monkeypatch.setattr(gptq_module, "MAX_ELEMENTS", 4 * 50 * 2)  # four rows at a time, the last part has one
+    for block_size in (1, 7, 12, 50):
+        for level, other in zip(expected, levels(block_size), strict=True):
+            assert all(torch.equal(level.tensors[key], other.tensors[key]) for key in level.tensors)
+
+
+def test_rows_are_quantized_independently() -> None:
+    weight, hessian = layer(7, 40)
+    order = [3, 6, 0, 2, 5, 1, 4]
+    params = Params(bits=(3,), group_size=16, sym=False)
+    assert torch.equal(
+        gptq(weight[order], hessian, params)[0].decode(), gptq(weight, hessian, params)[0].decode()[order]
+    )
+
+
+def test_only_groups_formed_in_activation_order_store_an_index() -> None:
+    weight, hessian = layer(8, 40)
+
+    def tensors(**options: Any) -> Any:
+        return gptq(weight, hessian, Params(bits=(3,), group_size=16, **options))[0].tensors
+
+    stored = tensors(desc_act=True)["g_idx"]
+    by_activation = hessian.diagonal().argsort(descending=True, stable=True)
+    assert stored.dtype == torch.int32
+    assert stored[by_activation].tolist() == [position // 16 for position in range(40)]
+    assert tensors().keys() == tensors(desc_act="static").keys() == {"codes", "scale"}
+    assert gptq(weight, hessian, Params(bits=(3,), group_size=-1, desc_act=True))[0].tensors.keys() == {
+        "codes",
+        "scale",
+    }
+
+
+def test_static_groups_have_the_grids_of_rounding() -> None:
+    weight, hessian = layer(8, 40)
+    options: dict[str, Any] = {"bits": (3,), "group_size": 16, "sym": False}
+    (level,) = gptq(weight, hessian, Params(desc_act="static", **options))
+    (nearest,) = rtn(weight, None, RtnParams(**options))
+    assert all(torch.equal(level.tensors[key], nearest.tensors[key]) for key in ("scale", "zero"))
+
+
+def test_the_factor_is_upper_triangular_and_gives_the_inverse() -> None:
+    _, hessian = layer(1, 60)
+    H = hessian.double()
+    U, used = inverse_factor(H, 0.01)
+    assert used == 0.01
+    assert torch.equal(U, U.triu())
+    # float64, sums of 60 terms, condition of the damped Hessian below 1e5.
+    assert torch.allclose(U.T @ U @ damped(H), torch.eye(60, dtype=torch.float64), atol=1e-9)
+
+
+def test_damping_rises_until_the_hessian_can_be_factored_and_the_recipe_says_so() -> None:
+    weight, hessian = layer(4, 20)
+    flat = torch.linalg.eigh(hessian.double())
+    values = flat.eigenvalues.clone()
+    values[0] = -0.025 * values[1:].mean()  # needs more than 0.02 of a mean diagonal
+    indefinite = (flat.eigenvectors * values) @ flat.eigenvectors.T
+    (level,) = gptq(weight, indefinite, Params(bits=(4,)))
+    assert level.recipe["damp_percent"] == 0.01
+    assert level.recipe["damp_percent_used"] == 0.03
+    expected = reference_gptq(weight, indefinite, 4, damp_percent=0.03)
+    assert np.abs(level.decode().numpy() - expected).max() <= TOLERANCE
+
+
+def test_a_hessian_that_no_damping_mends_is_refused() -> None:
+    weight, hessian = layer(4, 20)
+    with pytest.raises(NotFinite, match="not positive definite, whatever the damping"):
+        gptq(weight, -hessian, Params(bits=(4,)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_hessian_that_is_not_finite_is_refused(bad: float) -> None:
+    weight, hessian = layer(4, 20)
+    hessian[1, 2] = bad
+    with pytest.raises(NotFinite, match="the Hessian has 1 NaN or Inf among its 400 values"):
+        gptq(weight, hessian, Params(bits=(4,)))
+
+
+def test_a_layer_that_no_token_reached_is_refused() -> None:
+    weight, hessian = layer(4, 20)
+    with pytest.raises(NotFinite, match="no calibration token reached this layer"):
+        gptq(weight, torch.zeros_like(hessian), Params(bits=(4,)))
+
+
+def test_gptq_without_calibration_says_what_is_missing() -> None:
+    weight, _ = layer(4, 20)
+    with pytest.raises(UsageError, match="gptq needs calibration"):
+        gptq(weight, None, Params(bits=(4,)))
+
+
+@pytest.mark.parametrize(
+    ("menu", "name"),
+    [
+        ({}, "gptq-3b-g128"),
+        ({"desc_act": True}, "gptq-3b-g128-act"),
+        ({"act_order": "static", "sym": False}, "gptq-3b-g128-asym-static"),
+        ({"percdamp": 0.05}, "gptq-3b-g128-damp0.05"),
+        ({"dampening_frac": 0.01, "block_size": 64}, "gptq-3b-g128"),
+    ],
+)
+def test_entries_that_make_different_levels_give_them_different_names(menu: dict[str, Any], name: str) -> None:
+    assert Params.model_validate({"method": "gptq", "bits": 3, **menu}).level_names() == [name]
