@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,20 +86,21 @@ class ArtifactStore:
             return None
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
-            files: dict[str, dict[str, Any]] = manifest["files"]
-        except (OSError, ValueError, KeyError) as error:
+            files = {name: (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
+            artifact = Artifact(key, folder, digest_of(manifest["files"]), dict(manifest["material"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptArtifact(f"{folder / MANIFEST} cannot be read: {error}") from error
-        for name, recorded in files.items():
-            self._check(folder / name, recorded)
-        return Artifact(key, folder, digest_of(files), manifest["material"])
+        for name, (size, sha256) in files.items():
+            self._check(folder / name, size, sha256)
+        return artifact
 
-    def _check(self, path: Path, recorded: Mapping[str, Any]) -> None:
+    def _check(self, path: Path, recorded: int, sha256: str) -> None:
         if not path.is_file():
             raise CorruptArtifact(f"{path} is missing")
         size = path.stat().st_size
-        if size != recorded["size"]:
-            raise CorruptArtifact(f"{path} has {size:,} bytes, {recorded['size']:,} were written")
-        if self.digests.sha256(path) != recorded["sha256"]:
+        if size != recorded:
+            raise CorruptArtifact(f"{path} has {size:,} bytes, {recorded:,} were written")
+        if self.digests.sha256(path) != sha256:
             raise CorruptArtifact(f"{path} is not what was written: its checksum differs")
 
     def publish(self, key: str, folder: Path, material: Mapping[str, Any]) -> Artifact:
@@ -117,6 +119,10 @@ class ArtifactStore:
         publish_folder(folder, self.folder(key))
         self.digests.save()
         return Artifact(key, self.folder(key), digest_of(files), material)
+
+    def discard_work(self, key: str) -> None:
+        """Remove what a published artifact was made with; a process killed right after publishing left it behind."""
+        shutil.rmtree(self.work(key), ignore_errors=True)  # another run may be at it too
 
     def quarantine(self, key: str) -> Path:
         """Move a damaged artifact out of the way; says where to."""

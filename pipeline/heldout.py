@@ -42,7 +42,7 @@ def check_texts(drafts: Sequence[Draft], data: Mapping[str, Text | None], report
         for other, entry in fitted.items() if use.reports else ():
             shared = _shared(use.text, other, data)
             if shared:
-                text = f"{shared}, which 'stages.{entry}' works on; held-out text must be separate"
+                text = f"'{use.text}' {shared} 'stages.{entry}' works on; held-out text must be separate"
                 report.add(use.place, use.path, text)
 
 
@@ -62,9 +62,9 @@ def _uses(draft: Draft) -> list[_Use]:
 
 
 def _shared(text: str, other: str, data: Mapping[str, Text | None]) -> str | None:
-    """What two texts have in common, as the beginning of a sentence."""
+    """What two texts have in common, as a part of the sentence in `check_texts`."""
     if text == other:
-        return f"'{text}' is the text"
+        return "is also what"
     mine, theirs = data.get(text), data.get(other)
     common = mine.origins & theirs.origins if mine is not None and theirs is not None else frozenset()
-    return f"'{text}' reads the same text ({', '.join(sorted(common))}) as '{other}'" if common else None
+    return f"reads the same text ({', '.join(sorted(common))}) as '{other}', which" if common else None

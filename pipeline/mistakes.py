@@ -65,13 +65,11 @@ def validate(model: type[Model], tree: Tree, path: KeyPath, report: Report) -> M
     """
     text = json.dumps(tree.plain())
     try:
-        errors = _strict_errors(model, text)
-        if not errors:
-            return model.model_validate_json(text)
+        made, mistakes = _judge(model, text, tree)
     except LayerwiseError as error:  # a validator that knows better words than pydantic
-        report.add(tree.key or tree.place, path, str(error))
+        hint = f" ({error.hint})" if error.hint else ""
+        report.add(tree.key or tree.place, path, error.message + hint)
         return None
-    mistakes = _keep_meant_branch([_Mistake.of(error, tree) for error in errors if not _too_short_by_errors(error)])
     meant = {_meant(mistake, tree, model) for mistake in mistakes}
     for mistake in mistakes:
         kind, found = mistake.error["type"], tree.find(mistake.path)
@@ -81,32 +79,29 @@ def validate(model: type[Model], tree: Tree, path: KeyPath, report: Report) -> M
             continue
         place, shown, words = _say(mistake, tree, model)
         report.add(place, (*path, *shown), words)
-    return None
+    return made
 
 
-def _strict_errors(model: type[BaseModel], text: str) -> list[ErrorDetails]:
-    """pydantic's findings in strict mode, less those that are only strictness about 1e3 and about lists."""
+def _judge(model: type[Model], text: str, tree: Tree) -> tuple[Model | None, list[_Mistake]]:
+    """The model of a JSON text, or its mistakes: those of strict mode, less what is only strictness."""
     try:
-        model.model_validate_json(text, strict=True)
-        return []
+        return model.model_validate_json(text, strict=True), []
     except ValidationError as error:
-        found = error.errors(include_url=False)
-    kept = [error for error in found if not _excused(error)]
-    excused = [error["loc"] for error in found if _excused(error)]
-    if excused:  # strict mode stopped there; what stands inside is judged by the lax mode
-        try:
-            model.model_validate_json(text)
-        except ValidationError as error:
-            for inner in error.errors(include_url=False):
-                if any(inner["loc"][: len(loc)] == loc for loc in excused) or not kept:
-                    kept.append(inner)
-    return kept
+        strict = _keep_meant_branch(_mistakes(error, tree))
+    serious = [mistake for mistake in strict if not mistake.excused]
+    excused = [mistake.path for mistake in strict if mistake.excused]
+    try:
+        made = model.model_validate_json(text)
+        return (None, serious) if serious else (made, [])
+    except ValidationError as error:  # where strict mode stopped for an excused reason, the lax mode saw more
+        lax = _keep_meant_branch(_mistakes(error, tree))
+    more = [mistake for mistake in lax if any(mistake.path[: len(path)] == path for path in excused)]
+    return None, serious + more if serious else lax
 
 
-def _excused(error: ErrorDetails) -> bool:
-    if error["type"] == "int_type":
-        return isinstance(error["input"], float) and error["input"].is_integer()
-    return error["type"] in ("tuple_type", "set_type", "frozen_set_type") and isinstance(error["input"], list)
+def _mistakes(error: ValidationError, tree: Tree) -> list[_Mistake]:
+    found = error.errors(include_url=False)
+    return [_Mistake.of(finding, tree) for finding in found if not _too_short_by_errors(finding)]
 
 
 def _too_short_by_errors(error: ErrorDetails) -> bool:
@@ -149,6 +144,14 @@ class _Mistake:
             else:
                 branches.append((len(path), str(step)))
         return cls(tuple(path), tuple(branches), error)
+
+    @property
+    def excused(self) -> bool:
+        """Whether it is only strictness: about 1e3 for a whole number, or a list for a tuple or a set."""
+        value = self.error["input"]
+        if self.error["type"] == "int_type":
+            return isinstance(value, float) and value.is_integer()
+        return self.error["type"] in ("tuple_type", "set_type", "frozen_set_type") and isinstance(value, list)
 
     @property
     def wanted(self) -> str | None:
@@ -194,6 +197,9 @@ def _choose(path: KeyPath, branches: list[list[_Mistake]]) -> list[_Mistake]:
     def wrong_label(mistake: _Mistake) -> bool:
         return len(mistake.path) == len(path) + 1 and mistake.error["type"] == "literal_error"
 
+    for branch in branches:
+        if all(mistake.excused for mistake in branch):
+            return branch
     fitting = [branch for branch in branches if not any(map(wrong_kind, branch))]
     if not fitting:
         return _join_kinds([mistake for branch in branches for mistake in branch])
@@ -273,9 +279,7 @@ def _wrong_length(kind: str, context: Mapping[str, Any], length: int) -> str:
     return f"must have at {bound} {limit} {one if limit == 1 else several}, has {length}"
 
 
-def _open_fields(
-    model: type[BaseModel], location: tuple[str | int, ...], node: Tree | None
-) -> list[list[str]]:
+def _open_fields(model: type[BaseModel], location: tuple[str | int, ...], node: Tree | None) -> list[list[str]]:
     """The fields that are not yet given where pydantic found an unknown key, each with all its names."""
     kinds: list[Any] = [model]
     for step in location:
@@ -332,4 +336,5 @@ def _answers_to(kind: Any, branch: str) -> bool:
     if not _is_model(kind):
         return False
     labels = [typing.get_args(info.annotation) for info in kind.model_fields.values()]
-    return kind.__name__ == branch or any(branch in map(str, options) for options in labels)
+    # A model with validators of its own is called "function-after[check(), Name]".
+    return kind.__name__ in re.findall(r"\w+", branch) or any(branch in map(str, options) for options in labels)

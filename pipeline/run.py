@@ -132,11 +132,14 @@ class Run:
             return None
 
     def _explain(self, node: Node, plan: StagePlan) -> str:
-        """Why a stage must run: what differs from the last artifact of the stage of this name."""
+        """Why a stage must run: what differs from the last artifact of the stage of this name, in whichever run."""
         if plan.key is not None and self.artifacts.work(plan.key).is_dir():
             return "interrupted before"
-        keys = [row["stage_key"] for row in self.store.rows("stages") if row["stage"] == node.id]
-        for key in reversed(keys):
+        rows = [row for row in self.store.rows("stages") if row["stage"] == node.id]
+        if any(row["stage_key"] == plan.key and row["status"] == "ok" for row in rows):
+            return "no longer there"
+        rows.sort(key=lambda row: row["written_at"], reverse=True)
+        for key in dict.fromkeys(row["stage_key"] for row in rows):
             with suppress(CorruptArtifact):
                 previous = self.artifacts.find(key) if key else None
                 if previous is not None:
@@ -178,9 +181,11 @@ class Run:
             if plan.artifact is None:
                 plan.artifact = self._make(plan, opened)
             else:
+                self.artifacts.discard_work(plan.artifact.key)
                 self.display.cached(node.id)
                 self._record_stage(plan, cache="hit", seconds=0.0)
             self._link(node.id, plan.artifact)
+        self.artifacts.digests.save()  # of artifacts that were read again: what is cached is hashed once, not every time
 
     def _make(self, plan: StagePlan, opened: Callable[[], RawExecutor]) -> Artifact:
         node, key = plan.node, plan.key
@@ -247,7 +252,7 @@ class Run:
         with disk_full_named(work):
             node.stage.run(context, node.params)
             artifact = self.artifacts.publish(key, out, plan.material)
-        shutil.rmtree(work)
+        self.artifacts.discard_work(key)
         peak = max(executor.peak_rss_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return artifact, {
             "items_total": executor.items_total,

@@ -130,7 +130,10 @@ def _draft7(schema: Any) -> Any:
 
 
 def _or_expression(schema: Schema) -> Schema:
-    """Either what a schema says or an expression; help and default stay where an editor looks for them."""
+    """Either what a schema says or an expression; help and default stay where an editor looks for them.
+
+    Maps and lists get if/else instead of anyOf, so that a mistake inside is shown where it is.
+    """
     if schema.get("type") == "string" and not schema.keys() & {"const", "enum", "pattern"}:
         return schema
     if "anyOf" in schema:
@@ -139,6 +142,8 @@ def _or_expression(schema: Schema) -> Schema:
         return schema
     help_: Schema = {key: schema[key] for key in ("title", "description", "default") if key in schema}
     value = {key: part for key, part in schema.items() if key not in help_}
+    if schema.get("type") in ("object", "array"):
+        return {**help_, "if": {"type": "string"}, "then": {"$ref": _EXPRESSION}, "else": value}
     return {**help_, "anyOf": [value, {"$ref": _EXPRESSION}]}
 
 

@@ -221,7 +221,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.Node:
+        """Text on one line; with quotes and escapes where PyYAML's plain style would lose a rare line break."""
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar(_TAG + "str", text, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _name, (_pattern, _first) in _CORE.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern.pattern})$"), _first)

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from layerwise.errors import UsageError
+from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers import PRESETS, SOLVERS, Evolve, Problem, Solution
 from layerwise.stages.allocation import RESOURCES, Allocation, CostTable, budget_text, save_allocations
 from layerwise.stages.contract import Context, Params, Port, Row, Stage
 from layerwise.stages.database import DatabaseIndex
 from layerwise.stages.registry import nearest
-from layerwise.stages.scoring import Pool, Request, evaluator_factory, score
+from layerwise.stages.scoring import Pool, Request, evaluator_factory, perplexity, score
 from layerwise.stages.text import tokenized
 
 Resource = Literal["bits", "effective_bits", "bytes"]
@@ -95,8 +95,9 @@ def allocate(context: Context, params: AllocateParams) -> None:
         InfeasibleBudget: a budget is below the least reachable.
         UsageError: above the greatest reachable, or the solver lacks its profile.
     """
-    table = CostTable(DatabaseIndex(context.input("database")))
-    losses, profile_tokens = _profiled_losses(context, params)
+    index = DatabaseIndex(context.input("database"))
+    table = CostTable(index)
+    losses, profile_tokens = _profiled_losses(context, params, index)
     problems = {
         budget_text(budget): (budget, table.problem(budget, tie=params.tie == "fused", losses=losses))
         for budget in params.combinations
@@ -108,12 +109,15 @@ def allocate(context: Context, params: AllocateParams) -> None:
         found = []
         for number, (text, (budget, problem)) in enumerate(problems.items()):
             started = time.perf_counter()
-            if params.solver == "evolve":
-                solution, evaluations, searched = _evolve(
-                    context, params, problem, pool, journal, text, number, tokens.total
-                )
-            else:
-                solution, evaluations, searched = SOLVERS[params.solver](problem), 0, 0
+            try:
+                if params.solver == "evolve":
+                    solution, evaluations, searched = _evolve(
+                        context, params, problem, pool, journal, text, number, tokens.total
+                    )
+                else:
+                    solution, evaluations, searched = SOLVERS[params.solver](problem), 0, 0
+            except InfeasibleBudget as error:
+                raise table.in_words(error, budget) from error
             allocation = table.allocation(solution.choice.tolist(), solver=params.solver, budget=budget)
             effort = {"evaluations": evaluations, "tokens": searched, "seconds": time.perf_counter() - started}
             found.append((allocation, solution, effort))
@@ -123,16 +127,16 @@ def allocate(context: Context, params: AllocateParams) -> None:
     rows = []
     allocations = []
     for (allocation, solution, effort), measured in zip(found, scores, strict=True):
-        nll = measured["nll"]["mean"]
-        perplexity = None if nll is None else math.exp(nll)
-        allocation = replace(allocation, kl=measured["kl"]["mean"], perplexity=perplexity)
+        allocation = replace(allocation, kl=measured["kl"]["mean"], perplexity=perplexity(measured["nll"]["mean"]))
         allocations.append(allocation)
         rows.append(_row(allocation, solution) | effort | {"seed": params.seed, "profile_tokens": profile_tokens})
     save_allocations(context.out, allocations)
     context.record("allocations", rows)
 
 
-def _profiled_losses(context: Context, params: AllocateParams) -> tuple[Sequence[Sequence[float | None]] | None, int]:
+def _profiled_losses(
+    context: Context, params: AllocateParams, index: DatabaseIndex
+) -> tuple[Sequence[Sequence[float | None]] | None, int]:
     """The profile's table of the chosen metric, and the tokens that measuring it took."""
     needed = params.solver not in ("uniform", "evolve") or (params.solver == "evolve" and params.start == "ilp")
     if not context.inputs["profile"]:
@@ -143,6 +147,10 @@ def _profiled_losses(context: Context, params: AllocateParams) -> tuple[Sequence
             )
         return None, 0
     document = json.loads((context.inputs["profile"][0] / "profile.json").read_text(encoding="utf-8"))
+    if document["database"] != index.digest:
+        raise UsageError(
+            "the profile is that of another database", hint="profile the `compress` stage that is used here"
+        )
     if params.loss not in document["metrics"]:
         raise UsageError(
             f"the profile has no {params.loss}, only {', '.join(document['metrics'])}",

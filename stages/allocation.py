@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layerwise.errors import InfeasibleBudget, UsageError
+from layerwise.errors import InfeasibleBudget, NotFinite, UsageError
 from layerwise.solvers import Problem
 from layerwise.stages.database import DatabaseIndex
 from layerwise.stages.scoring import Genome
@@ -104,6 +104,7 @@ class CostTable:
             losses: (units, levels), None where not finite; None for a search that measures.
         Raises:
             InfeasibleBudget: below the least reachable.
+            NotFinite: none of the levels of a unit could be made.
             UsageError: above the greatest reachable, where it would no longer decide anything.
         """
         table = None
@@ -113,6 +114,12 @@ class CostTable:
                 table[row, : len(values)] = [np.inf if value is None else value for value in values]
         limits = {resource: self._absolute(resource, amount) for resource, amount in budget.items()}
         names = [unit["unit"] for unit in self.units]
+        for row, unit in enumerate(self.units):
+            if not np.isfinite(self.costs["bits"][row]).any():
+                raise NotFinite(
+                    f"unit {unit['unit']} has no level to choose: {unit['levels'][0]['error']}",
+                    hint="mend the model, or leave the unit out (`ignore` of the `calibrate` stage)",
+                )
         problem = Problem(self.costs, limits, table, groups=self._groups() if tie else (), units=names)
         for resource, amount in budget.items():
             least, most = (self._readable(resource, total) for total in problem.reachable(resource))
@@ -124,6 +131,16 @@ class CostTable:
                     hint=f"this menu reaches {least:.6g} to {most:.6g} {resource}",
                 )
         return problem
+
+    def in_words(self, error: InfeasibleBudget, budget: Mapping[str, float]) -> InfeasibleBudget:
+        """What a solver says in absolute amounts, in those of RESOURCES."""
+        least = self._readable(error.resource, error.reachable)
+        return InfeasibleBudget(
+            error.resource,
+            budget[error.resource],
+            least,
+            f"no allocation is within {budget_text(budget)}: the least {error.resource} found is {least:.6g}",
+        )
 
     def _absolute(self, resource: str, amount: float) -> float:
         return amount - self.index.rest_bytes if resource == "bytes" else amount * self.n_weights
@@ -164,6 +181,21 @@ class CostTable:
     def candidate(self, genome: Sequence[int]) -> str:
         """The id of an allocation of this database."""
         return hashlib.sha256(f"{self.index.digest} {list(map(int, genome))}".encode()).hexdigest()[:12]
+
+
+def check_database(allocations: Sequence[Allocation], index: DatabaseIndex) -> None:
+    """Refuse a database that the allocations were not made with: its levels would have other weights.
+
+    Raises:
+        UsageError: the candidate ids say so.
+    """
+    table = CostTable(index)
+    for allocation in allocations:
+        if table.candidate(allocation.genome) != allocation.candidate:
+            raise UsageError(
+                f"allocation {allocation.candidate} was made with another database",
+                hint="give this stage the `compress` stage that `allocate` had",
+            )
 
 
 def budget_text(budget: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from layerwise.errors import UsageError
 from layerwise.results.frontier import knee, non_dominated
-from layerwise.stages.allocation import Allocation, load_allocations
+from layerwise.stages.allocation import Allocation, check_database, load_allocations
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
 from layerwise.stages.database import DatabaseIndex
 
@@ -33,14 +33,10 @@ def apply(context: Context, params: ApplyParams) -> None:
     """Write `allocation.json` and `weights.safetensors`.
 
     Raises:
-        UsageError: nothing fits `pick`.
+        UsageError: nothing fits `pick`, or the database is not that of the allocations.
     """
     allocation = pick(load_allocations(context.input("allocations")), params.pick)
-    index = DatabaseIndex(context.input("database"))
-    if {unit["unit"] for unit in index.units} != set(allocation.levels):
-        raise UsageError(
-            "the allocations were made with another database", hint="give `apply` the same `compress` stage"
-        )
+    check_database([allocation], DatabaseIndex(context.input("database")))
     write = partial(_write_weights, model=context.model, database=context.input("database"), out=context.out)
     context.executor.map(write, [allocation], note="models")
 

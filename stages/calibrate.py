@@ -7,11 +7,12 @@ the order of a float32 sum decides its last bits, and the same workflow shall gi
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from layerwise.stages.contract import Context, ModelSource, Params, Stage
 from layerwise.stages.text import Tokens, load_sequences, tokenized
@@ -27,6 +28,17 @@ class CalibrateParams(Params):
     ignore: list[str] = Field([], description="units to leave alone, in the same form")
     shards: int = Field(2, ge=1, description="parts of the text that run in parallel and are added up in order")
     batch_size: int = Field(8, ge=1, description="sequences that run through a block at a time")
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _valid_patterns(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+        return value
 
 
 def calibrate(context: Context, params: CalibrateParams) -> None:

@@ -8,18 +8,17 @@ rows can be compared in pairs.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from layerwise.errors import UsageError
-from layerwise.stages.allocation import load_allocations
+from layerwise.stages.allocation import check_database, load_allocations
 from layerwise.stages.applied import AppliedModel, AppliedModels
 from layerwise.stages.contract import Context, Params, Port, Row, Stage
 from layerwise.stages.database import DatabaseIndex
-from layerwise.stages.scoring import DENSE, Genome, Measurement, Request, Score, evaluator_factory, score
+from layerwise.stages.scoring import DENSE, Genome, Measurement, Request, Score, evaluator_factory, perplexity, score
 from layerwise.stages.text import Tokens, tokenized
 
 Metric = Literal["perplexity", "kl", "agreement"]
@@ -43,7 +42,7 @@ def evaluate(context: Context, params: EvaluateParams) -> None:
     """Write `metrics.json`: for every candidate its metrics, with standard errors and the mean of each sequence.
 
     Raises:
-        UsageError: nothing to evaluate, or allocations without the database that they choose from.
+        UsageError: nothing to evaluate, or allocations without the very database that they choose from.
         NotFinite: the dense model gives NaN or Inf.
     """
     if not context.inputs["allocations"] and not context.inputs["models"]:
@@ -74,9 +73,11 @@ def _allocations(context: Context) -> tuple[dict[str, Genome], Levels]:
     if not context.inputs["database"]:
         raise UsageError("allocations need the database that they choose from", hint="add the `compress` stage")
     (database,) = context.inputs["database"]
-    genomes: dict[str, Genome] = {"dense": (DENSE,) * len(DatabaseIndex(database).units)}
-    for folder in context.inputs["allocations"]:
-        genomes |= {allocation.candidate: allocation.genome for allocation in load_allocations(folder)}
+    index = DatabaseIndex(database)
+    allocations = [allocation for folder in context.inputs["allocations"] for allocation in load_allocations(folder)]
+    check_database(allocations, index)
+    genomes: dict[str, Genome] = {"dense": (DENSE,) * len(index.units)}
+    genomes |= {allocation.candidate: allocation.genome for allocation in allocations}
     return genomes, {"database": database}
 
 
@@ -104,9 +105,9 @@ def _score(
 
 def _row(candidate: str, data: str, metric: Metric, measured: Measurement) -> Row:
     value, stderr = measured["mean"], measured["stderr"]
-    if metric == "perplexity" and value is not None:
-        value = math.exp(value)
-        stderr = None if stderr is None else value * stderr  # to first order
+    if metric == "perplexity":
+        value = perplexity(value)
+        stderr = None if value is None or stderr is None else value * stderr  # to first order
     return {
         "candidate": candidate,
         "data": data,

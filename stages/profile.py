@@ -41,10 +41,12 @@ def profile(context: Context, params: ProfileParams) -> None:
         DataError: not enough text.
         NotFinite: the dense model gives NaN or Inf.
     """
-    units = DatabaseIndex(context.input("database")).units
+    index = DatabaseIndex(context.input("database"))
+    units = index.units
     tables = {metric: _measure(context, params, metric, units) for metric in params.metrics}
     evaluated = [level.get("n_tokens", 0) for table in tables.values() for unit in table for level in unit]
     document = {
+        "database": index.digest,
         "units": [unit["unit"] for unit in units],
         "levels": [[level["level"] for level in unit["levels"]] for unit in units],
         "metrics": {metric: [[level["mean"] for level in unit] for unit in table] for metric, table in tables.items()},
@@ -69,15 +71,16 @@ def _one_unit_changed(context: Context, params: ProfileParams, units: list[dict[
     factory = evaluator_factory(context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens)
     usable = [[number for number, level in enumerate(unit["levels"]) if level["status"] == "ok"] for unit in units]
     dense = (DENSE,) * len(units)
-    requests = [
-        Request(tuple((*dense[:unit], level, *dense[unit + 1 :]) for level in levels), tokens=params.tokens)
+    requests = {
+        unit: Request(tuple((*dense[:unit], level, *dense[unit + 1 :]) for level in levels), tokens=params.tokens)
         for unit, levels in enumerate(usable)
-    ]
+        if levels
+    }
     with context.executor.replicas(factory) as pool:
-        answers = pool.map(requests, keys=[request.key for request in requests], note="units")
+        answers = pool.map(list(requests.values()), keys=[request.key for request in requests.values()], note="units")
     table: Table = [[{"mean": None} for _ in unit["levels"]] for unit in units]
-    for unit, (levels, scores) in enumerate(zip(usable, answers, strict=True)):
-        for level, measured in zip(levels, scores, strict=True):
+    for unit, scores in zip(requests, answers, strict=True):
+        for level, measured in zip(usable[unit], scores, strict=True):
             table[unit][level] = measured["kl"]
     return table
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +25,8 @@ DENSE = -1
 METRICS = ("kl", "nll", "agreement")
 """What can be measured, each a mean over tokens: KL(dense || candidate) in nats, negative log-likelihood of the next
 token in nats (perplexity is its exponential), share of positions where both predict the same token."""
+
+_GREATEST_EXPONENT = math.log(sys.float_info.max)
 
 Genome = tuple[int, ...]
 """Level index of every unit, in the database's order, or DENSE."""
@@ -104,17 +108,22 @@ def score(pool: Pool, request: Request, *, workers: int, note: str = "") -> list
     Returns:
         one score per genome, in their order.
     """
-    order = sorted(range(len(request.genomes)), key=request.genomes.__getitem__)
-    parts = [part for part in _split(order, workers) if part]
-    requests = [replace(request, genomes=tuple(request.genomes[number] for number in part)) for part in parts]
+    distinct = sorted(set(request.genomes))  # two budgets may well lead to one allocation
+    requests = [replace(request, genomes=part) for part in _split(distinct, workers) if part]
     answers = pool.map(requests, keys=[f"{part.key}-{note}" for part in requests], note=note)
-    scores: list[Score] = [{} for _ in order]
-    for part, answer in zip(parts, answers, strict=True):
-        for number, measured in zip(part, answer, strict=True):
-            scores[number] = measured
-    return scores
+    found = {
+        genome: measured
+        for part, answer in zip(requests, answers, strict=True)
+        for genome, measured in zip(part.genomes, answer, strict=True)
+    }
+    return [found[genome] for genome in request.genomes]
 
 
-def _split(order: Sequence[int], parts: int) -> list[Sequence[int]]:
-    bounds = [len(order) * part // parts for part in range(parts + 1)]
-    return [order[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+def _split(genomes: Sequence[Genome], parts: int) -> list[tuple[Genome, ...]]:
+    bounds = [len(genomes) * part // parts for part in range(parts + 1)]
+    return [tuple(genomes[start:end]) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def perplexity(nll: float | None) -> float | None:
+    """The exponential of a mean negative log-likelihood; None where it is not finite in float64."""
+    return None if nll is None or nll > _GREATEST_EXPONENT else math.exp(nll)

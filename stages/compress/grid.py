@@ -100,7 +100,7 @@ def fit(low: Tensor, high: Tensor, max_code: Tensor | int, sym: bool) -> tuple[T
 def _as_float16(scale: Tensor) -> Tensor:
     """The nearest float16, at least SMALLEST_SCALE; in the dtype of `scale`.
 
-    Torch converts float64 by way of float32, and rounding twice gives a neighbour of the nearest in one of 10,000 cases.
+    Torch converts float64 by way of float32, and rounding twice gives a neighbour of the nearest once in 16,000 times.
     """
     import torch
 

@@ -64,7 +64,7 @@ def _compress_unit(
     unit: dict[str, Any], *, model: ModelSource, statistics: Path, menu: list[MenuEntry], folder: Path
 ) -> dict[str, Any]:
     """Write all levels of one unit; gives its entry in the index."""
-    from layerwise.stages.database import describe, describe_failure, write_unit
+    from layerwise.stages.database import describe_failure, describe_levels, write_unit
     from layerwise.stages.models.checkpoint import Checkpoint
     from layerwise.stages.statistics import Statistics
 
@@ -75,7 +75,7 @@ def _compress_unit(
     for entry in menu:
         try:
             made = find_compressor(entry.method).run(weight, hessian, entry)
-            entries += [describe(level, weight, hessian) for level in made]
+            entries += describe_levels(made, weight, hessian)
             levels += made
         except NotFinite as error:
             entries += [describe_failure(name, error.message) for name in entry.level_names()]

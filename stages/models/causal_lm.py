@@ -91,6 +91,7 @@ class CausalLM:
         Raises:
             UnsupportedModel: not a causal language model, weights missing, or no ModuleList of blocks.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -100,7 +101,7 @@ class CausalLM:
             model, info = AutoModelForCausalLM.from_pretrained(
                 source.path, dtype=getattr(torch, source.dtype), local_files_only=True, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UnsupportedModel(f"cannot load {source.path}: {error}") from error
         if info["missing_keys"] or info.get("mismatched_keys"):
             missing = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))

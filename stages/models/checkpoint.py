@@ -97,9 +97,9 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             if length > size:
                 raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        if any(8 + length + entry["data_offsets"][1] > size for entry in header.values()):
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if any(8 + length + entry["data_offsets"][1] > size for entry in entries.values()):
             raise ValueError("the file is cut short")
-    except (OSError, ValueError) as error:
+        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # the last three: JSON of another kind
         raise UnsupportedModel(f"cannot read {file}: {error}", hint="copy or download the model again") from error
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}

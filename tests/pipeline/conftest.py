@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import random
+import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -65,7 +67,7 @@ class ScoreParams(Params):
     """What to report."""
 
     data: str = "heldout"
-    also: list[str] = []
+    also: tuple[str, ...] = ()
 
 
 class PickParams(Params):
@@ -156,8 +158,85 @@ def desk(tmp_path: Path) -> Desk:
 @pytest.fixture
 def fakes() -> SimpleNamespace:
     """The classes above, for tests of single modules."""
-    return SimpleNamespace(
-        MenuParams=MenuParams, SearchParams=SearchParams, StatsParams=StatsParams, stages=STAGES
-    )
+    return SimpleNamespace(MenuParams=MenuParams, SearchParams=SearchParams, StatsParams=StatsParams, stages=STAGES)
 
 
+@pytest.fixture(scope="session")
+def fake_stages() -> ModuleType:
+    """Stages that count, for tests that really run something: the module `fake_stages.py`."""
+    spec = importlib.util.spec_from_file_location("fake_stages", Path(__file__).with_name("fake_stages.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def workshop(fake_stages: ModuleType, tmp_path: Path) -> Any:
+    """A folder with a workflow of fake stages that can be run."""
+    return fake_stages.Workshop(tmp_path)
+
+
+TINY_WORKFLOW = """\
+version: 1
+model: model
+data:
+  calibration: {text: calibration.txt, tokens: 512, sequence_length: 64}
+  heldout: {text: heldout.txt, tokens: 512, sequence_length: 64}
+params:
+  bits: [2, 4, 8]
+  budgets: [3, 4, 5]
+stages:
+  statistics: {uses: calibrate, with: {shards: 3}}
+  levels:
+    uses: compress
+    needs: [statistics]
+    with: {menu: [{method: gptq, bits: "${{ params.bits }}", group_size: 16}]}
+  profile: {uses: profile, needs: [levels], with: {tokens: 256}}
+  search:
+    uses: allocate
+    needs: [levels, profile]
+    foreach: [ilp, evolve]
+    with:
+      solver: ${{ item }}
+      budgets: {bits: "${{ params.budgets }}"}
+      preset: quick
+      generations: 3
+      tokens_per_selection: [128, 512]
+  score: {uses: evaluate, needs: [levels, search]}
+  best: {uses: apply, needs: [levels, search@evolve]}
+  model: {uses: export, needs: [best]}
+profiles:
+  short: {params: {budgets: [4]}}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a workflow with everything from statistics to a checkpoint, on a random Llama of 14 units.
+
+    Its tokens are bytes, its weights ten times as large as usual, so that levels differ in what they cost in quality.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=256, max_position_embeddings=64, initializer_range=0.2, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for seed, name in enumerate(("calibration.txt", "heldout.txt")):
+        letters = random.Random(seed)
+        (folder / name).write_text("".join(letters.choice("abcdefgh ") for _ in range(1000)))
+    path = folder / "flow.yaml"
+    path.write_text(TINY_WORKFLOW)
+    return path

@@ -45,7 +45,7 @@ def test_inside_longer_text_values_are_written_out() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("${{ params.bist }}", "unknown name 'params.bist': 'params' has no 'bist' (did you mean 'bits'?)"),
+        ("${{ params.nam }}", "unknown name 'params.nam': 'params' has no 'nam' (did you mean 'name'?)"),
         ("${{ params.empty.x }}", "unknown name 'params.empty.x': 'params.empty' has no 'x' (it is empty)"),
         ("${{ params.list.7 }}", "unknown name 'params.list.7': 'params.list' is a list of 2, counted from 0"),
         ("${{ params.bits.x }}", "'params.bits' is the whole number 3 and has nothing inside"),

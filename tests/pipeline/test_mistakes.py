@@ -34,7 +34,7 @@ def said(model: Any, text: str) -> list[str]:
         ("{population: '3'}", "1:14: with.population: must be a whole number, got text '3'"),
         ("{population: 2.5}", "1:14: with.population: must be a whole number, got the number 2.5"),
         ("{population: true}", "1:14: with.population: must be a whole number, got true"),
-        ("{population: }", "1:14: with.population: must be a whole number, got nothing"),
+        ("{population: }", "1:13: with.population: must be a whole number, got nothing"),
         ("{population: [1]}", "1:14: with.population: must be a whole number, got a list"),
         ("{budgets: [1]}", "1:11: with.budgets: must be a map, got a list"),
         ("{budgets: {bits: few}}", "1:18: with.budgets.bits: must be a number or a list, got text 'few'"),
@@ -89,12 +89,12 @@ def test_of_a_plain_union_the_branch_that_was_meant_speaks(fakes: SimpleNamespac
         "1:51: with.first.paterns: unknown key (did you mean 'patterns'?)"
     ]
     assert said(fakes.MenuParams, f"{{{menu} first: {{method: gptq, bits: x}}}}") == [
-        "1:57: with.first.bits: must be a list, got text 'x'"
+        "1:56: with.first.bits: must be a list, got text 'x'"
     ]
     assert said(fakes.MenuParams, f"{{{menu} first: {{method: wonda}}}}") == [
-        "1:43: with.first.method: 'wonda' is not one of gptq, sparsegpt, wanda (did you mean 'wanda'?)"
+        "1:44: with.first.method: 'wonda' is not one of gptq, sparsegpt, wanda (did you mean 'wanda'?)"
     ]
-    assert said(fakes.MenuParams, f"{{{menu} first: 3}}") == ["1:34: with.first: must be a map, got the whole number 3"]
+    assert said(fakes.MenuParams, f"{{{menu} first: 3}}") == ["1:35: with.first: must be a map, got the whole number 3"]
 
 
 def test_positions_inside_block_style_lists_are_exact(fakes: SimpleNamespace) -> None:

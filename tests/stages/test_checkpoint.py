@@ -1,0 +1,111 @@
+"""Single tensors out of a checkpoint, against transformers and safetensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerwise.errors import UnsupportedModel
+from layerwise.stages.contract import ModelSource
+from layerwise.stages.models.causal_lm import CausalLM
+from layerwise.stages.models.checkpoint import Checkpoint, read_header
+
+
+def test_every_tensor_reads_as_safetensors_reads_it(model_folder: Callable[[str], Path], family: str) -> None:
+    checkpoint = Checkpoint(model_folder(family))
+    expected = load_file(model_folder(family) / "model.safetensors")
+    assert set(checkpoint.headers) == set(expected)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in expected.items())
+    assert checkpoint.size_bytes == sum(4 * tensor.numel() for tensor in expected.values())
+
+
+def test_the_stored_weight_of_every_unit_is_the_loaded_one(
+    model_folder: Callable[[str], Path], load_model: Callable[[str], Any], family: str
+) -> None:
+    lm, checkpoint = load_model(family), Checkpoint(model_folder(family))
+    for unit in lm.units:
+        assert torch.equal(checkpoint.read(lm.stored_name(unit, checkpoint)), lm.weight(unit))
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("qwen3", "model."), ("gpt2", "transformer.")])
+def test_a_checkpoint_of_the_base_model_is_read_without_its_prefix(
+    model_folder: Callable[[str], Path], tmp_path: Path, family: str, prefix: str
+) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(model_folder(family)).save_pretrained(tmp_path)  # embeddings are tied: a head is not missed
+    checkpoint, lm = Checkpoint(tmp_path), CausalLM.load(ModelSource(tmp_path))
+    unit = lm.units[0]
+    assert unit.name.startswith(prefix)
+    assert lm.stored_name(unit, checkpoint) == f"{unit.name.removeprefix(prefix)}.weight"
+
+
+def test_a_checkpoint_that_has_the_prefix_is_read_for_a_model_without_it() -> None:
+    checkpoint = Checkpoint.__new__(Checkpoint)
+    checkpoint.__dict__["headers"] = {"model.h.0.fc.weight": (Path(), "F32", (2, 3))}
+    assert checkpoint.find("h.0.fc.weight", (2, 3), "model") == "model.h.0.fc.weight"
+    assert checkpoint.find("model.h.0.fc.weight", (2, 3), "model") == "model.h.0.fc.weight"
+    assert checkpoint.find("h.0.fc.weight", (3, 2), "model") is None
+
+
+def test_a_unit_that_is_not_in_the_checkpoint_is_named(
+    load_model: Callable[[str], Any], model_folder: Callable[[str], Path]
+) -> None:
+    lm = load_model("llama")
+    with pytest.raises(UnsupportedModel, match=r"no tensor model\.layers\.0\.self_attn\.q_proj\.weight of shape"):
+        lm.stored_name(lm.units[0], Checkpoint(model_folder("gpt2")))
+
+
+def test_shards_read_like_one_file(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(model_folder("llama")).save_pretrained(tmp_path, max_shard_size="30KB")
+    whole, sharded = Checkpoint(model_folder("llama")), Checkpoint(tmp_path)
+    assert len(sharded.files) > 2
+    assert set(sharded.headers) == set(whole.headers)
+    assert sharded.size_bytes == whole.size_bytes
+    assert all(torch.equal(sharded.read(name), whole.read(name)) for name in whole.headers)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.bool]
+)
+def test_the_bytes_of_a_tensor_follow_its_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(3, 5).to(dtype)
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    assert Checkpoint(tmp_path).tensor_bytes("w") == 15 * tensor.element_size()
+
+
+def test_a_folder_with_pickled_weights_only_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModel, match="holds no safetensors weights") as caught:
+        Checkpoint(tmp_path)
+    assert caught.value.hint is not None
+    assert "save_pretrained" in caught.value.hint
+
+
+@pytest.mark.parametrize("left", [0, 4, 9, 60, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, left: int) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(30)}, file)
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(UnsupportedModel, match=r"cannot read .*model\.safetensors"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("content", [b"this is no safetensors file at all", b"\x02" + bytes(7) + b"[]"])
+def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UnsupportedModel, match="cannot read"):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_a_shard_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
+    with pytest.raises(UnsupportedModel, match=r"cannot read .*model-1\.safetensors"):
+        assert Checkpoint(tmp_path).headers
