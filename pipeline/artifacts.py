@@ -178,9 +178,10 @@ class FileDigests:
         self.file, self.tmp = root / "digests.json", root / "tmp"
         self._fresh = False
         try:
-            self._known: dict[str, list[Any]] = json.loads(self.file.read_bytes())
+            known = json.loads(self.file.read_bytes())
         except (OSError, ValueError):
-            self._known = {}
+            known = None
+        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
 
     def sha256(self, path: Path) -> str:
         """64 hex digits."""
@@ -188,8 +189,8 @@ class FileDigests:
         identity = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         place = f"{stat.st_dev}:{stat.st_ino}"
         known = self._known.get(place)
-        if known is not None and known[:4] == identity:
-            return str(known[4])
+        if isinstance(known, list) and known[:-1] == identity:
+            return str(known[-1])
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         self._known[place] = [*identity, digest]

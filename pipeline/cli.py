@@ -6,11 +6,9 @@ stdout carries the answer, stderr the story. Everything heavy is imported by the
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import signal
 import sys
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -35,21 +33,9 @@ STOPPED = 3
 """Exit code of a run that was interrupted and can go on."""
 
 
-class Format(str, Enum):
-    """How a table is printed."""
-
-    table = "table"
-    csv = "csv"
-    json = "json"
-    markdown = "markdown"
-
-
-class Drawing(str, Enum):
-    """How a graph is drawn."""
-
-    text = "text"
-    mermaid = "mermaid"
-
+Format = Literal["table", "csv", "json", "markdown"]
+TO_READ: tuple[Format, ...] = ("table", "markdown")
+"""Formats for people; the others are for programs, which get every column and every digit."""
 
 File = Annotated[Path, typer.Argument(metavar="WORKFLOW", help="workflow file (YAML)")]
 ParamOption = Annotated[
@@ -133,17 +119,17 @@ def graph(
     param: ParamOption = None,
     set_: SetOption = None,
     profile: ProfileOption = None,
-    format_: Annotated[Drawing, typer.Option("--format", help="text or mermaid")] = Drawing.text,
+    format_: Annotated[Literal["text", "mermaid"], typer.Option("--format", help="how to draw it")] = "text",
 ) -> None:
     """Draw the stages of a workflow and what flows between them."""
     from layerwise.pipeline.graph import build_graph, draw_mermaid, draw_text
 
     drawn = build_graph(_load(workflow, param, set_, profile))
-    print(draw_text(drawn) if format_ is Drawing.text else draw_mermaid(drawn))
+    print(draw_text(drawn) if format_ == "text" else draw_mermaid(drawn))
 
 
 @app.command()
-def runs(results: ResultsOption = RESULTS, format_: FormatOption = Format.table) -> None:
+def runs(results: ResultsOption = RESULTS, format_: FormatOption = "table") -> None:
     """List the runs of a results folder, the newest first."""
     from layerwise.results.runs import runs_table
 
@@ -163,7 +149,7 @@ def frontier(
     all_: Annotated[bool, typer.Option("--all", help="also allocations that another one beats")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw it into a PNG, PDF or SVG")] = None,
     results: ResultsOption = RESULTS,
-    format_: FormatOption = Format.table,
+    format_: FormatOption = "table",
 ) -> None:
     """Print the Pareto frontier of a run."""
     from layerwise.results.frontier import dense_losses, frontier_table
@@ -175,27 +161,27 @@ def frontier(
 
         plot_frontier(read(dominated=True), plot, over, loss, dense_losses(store, run))
         print(f"wrote {plot}", file=sys.stderr)
-    _print_table(read(dominated=all_), format_)
+    _print_frontier(read(dominated=all_), format_)
 
 
 @app.command()
 def show(
     allocation: Annotated[str, typer.Argument(help="a candidate, or the start of its id, as `frontier` prints it")],
     results: ResultsOption = RESULTS,
-    format_: FormatOption = Format.table,
+    format_: FormatOption = "table",
 ) -> None:
     """Print one allocation: the level of every unit."""
     from layerwise.results.runs import show_allocation
 
     details = show_allocation(_open(results), allocation)
-    if format_ in (Format.table, Format.markdown):
+    if format_ in TO_READ:
         from layerwise.results.format import format_value
 
         for name, value in details.summary.items():
             print(f"{name}: {format_value(value)}")
         print()
     _print_table(details.units, format_)
-    if format_ in (Format.table, Format.markdown) and len(details.metrics):
+    if format_ in TO_READ and len(details.metrics):
         print()
         _print_table(details.metrics, format_)
 
@@ -208,10 +194,12 @@ def main() -> None:
     try:
         app()
     except LayerwiseError as error:
-        _fail(f"error: {error}", error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `layerwise frontier | head` is no error
-        sys.exit(0)
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        _fail(f"error: {error}{notes}", error.exit_code)
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        sys.exit(0)  # `layerwise frontier | head` is no error; typer has seen to a quiet end, but with code 1
 
 
 def _fail(text: str, code: int) -> NoReturn:
@@ -249,7 +237,18 @@ def _open(results: Path) -> Store:
 def _print_table(frame: pd.DataFrame, format_: Format) -> None:
     from layerwise.results.format import format_table
 
-    print(format_table(frame, format_.value), end="")
+    print(format_table(frame, format_), end="")
+
+
+def _print_frontier(frame: pd.DataFrame, format_: Format) -> None:
+    """A frontier; for people without the columns that say the same in every row."""
+    if format_ in TO_READ and len(frame):
+        same = frame.iloc[0]
+        text = "" if same["ranked_by"] == "kl" else f" on {same['heldout_data']}"
+        print(f"run {same['run']}, Pareto frontier by {same['ranked_by']}{text}\n")
+        frame = frame.drop(columns=["run", "metric", "heldout_data", "ranked_by"])
+        frame = frame.drop(columns=[name for name in ("on_front",) if frame[name].all()])
+    _print_table(frame, format_)
 
 
 def _print_outcome(store: Store, run: str) -> None:
@@ -259,7 +258,7 @@ def _print_outcome(store: Store, run: str) -> None:
 
     stages = latest_stages(store, run)
     if any(row["uses"] == "allocate" for row in stages.values()):
-        _print_table(frontier_table(store, run), Format.table)
+        _print_frontier(frontier_table(store, run), "table")
     for stage, row in stages.items():
         if row["uses"] == "export":
             print(f"{stage}: {store.root / 'runs' / run / 'stages' / stage}", file=sys.stderr)

@@ -129,8 +129,10 @@ class LiveDisplay:
 
     def __init__(self) -> None:
         from rich.console import Console
+        from rich.markup import escape
 
         self._console = Console(stderr=True, highlight=False)
+        self._plain = escape  # paths and values may hold what rich takes for its markup: [/x]
         self._pace = Pace()
         self._bars: Progress | None = None
         self._rows: dict[str, TaskID] = {}
@@ -138,7 +140,7 @@ class LiveDisplay:
     def begin(self, run: str, stages: Sequence[str]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self._console.print(f"run [bold]{run}[/bold]")
+        self._console.print(f"run [bold]{self._plain(run)}[/bold]")
         self._bars = Progress(
             TextColumn("{task.fields[mark]}"),
             TextColumn("{task.description}"),
@@ -154,22 +156,23 @@ class LiveDisplay:
         self._update(stage, mark="[green]✓[/green]", state="[dim]cached[/dim]", done=1, total=1)
 
     def start(self, stage: str, uses: str, reason: str) -> None:
-        self._update(stage, mark="[cyan]▶[/cyan]", state=f"[dim]{reason}[/dim]")
+        self._update(stage, mark="[cyan]▶[/cyan]", state=f"[dim]{self._plain(reason)}[/dim]")
 
     def progress(self, stage: str, done: int, total: int, note: str) -> None:
         remaining = self._pace.remaining(done, total, note)
         left = "" if remaining is None else f", about {clock(remaining)} left"
-        self._update(stage, mark="[cyan]▶[/cyan]", state=f"{done}/{total} {note}{left}", done=done, total=total)
+        state = f"{done}/{total} {self._plain(note)}{left}"
+        self._update(stage, mark="[cyan]▶[/cyan]", state=state, done=done, total=total)
 
     def finish(self, stage: str, seconds: float, cached: int, total: int) -> None:
         state = f"[dim]{_summary(seconds, cached, total)}[/dim]"
         self._update(stage, mark="[green]✓[/green]", state=state, done=1, total=1)
 
     def note(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        self._console.print(f"[yellow]warning:[/yellow] {text}")
+        self._console.print(f"[yellow]warning:[/yellow] {self._plain(text)}")
 
     def end(self) -> None:
         if self._bars is not None:

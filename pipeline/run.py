@@ -79,7 +79,7 @@ class Run:
         self._seqs: dict[str, int] = {}
 
     def _id(self) -> str:
-        """The workflow's name and eight digits of what it is: stages, parameters, and the digests of model and texts."""
+        """The workflow's name and eight digits of what it is: stages, parameters, the digests of model and texts."""
         material = {
             "stages": {node.id: self.resolved["stages"][node.id] | {"resources": None} for node in self.workflow.nodes},
             "model": self.sources.model_digest,
@@ -185,7 +185,7 @@ class Run:
                 self.display.cached(node.id)
                 self._record_stage(plan, cache="hit", seconds=0.0)
             self._link(node.id, plan.artifact)
-        self.artifacts.digests.save()  # of artifacts that were read again: what is cached is hashed once, not every time
+        self.artifacts.digests.save()  # what was found is hashed once, and not again by every cached run
 
     def _make(self, plan: StagePlan, opened: Callable[[], RawExecutor]) -> Artifact:
         node, key = plan.node, plan.key

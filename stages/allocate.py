@@ -75,10 +75,10 @@ class AllocateParams(Params):
     @field_validator("budgets")
     @classmethod
     def _positive(cls, value: dict[Resource, float | list[float]]) -> dict[Resource, float | list[float]]:
-        for resource, amounts in value.items():
-            amounts = amounts if isinstance(amounts, list) else [amounts]
+        for resource, given in value.items():
+            amounts = given if isinstance(given, list) else [given]
             if not amounts or not all(math.isfinite(amount) and amount > 0 for amount in amounts):
-                raise ValueError(f"{resource} must be one or more numbers above 0, got {value[resource]}")
+                raise ValueError(f"{resource} must be one or more numbers above 0, got {given}")
         return value
 
     @property
@@ -112,7 +112,7 @@ def allocate(context: Context, params: AllocateParams) -> None:
             try:
                 if params.solver == "evolve":
                     solution, evaluations, searched = _evolve(
-                        context, params, problem, pool, journal, text, number, tokens.total
+                        context, params, problem, pool, journal, budget=text, number=number, total_tokens=tokens.total
                     )
                 else:
                     solution, evaluations, searched = SOLVERS[params.solver](problem), 0, 0
@@ -126,8 +126,8 @@ def allocate(context: Context, params: AllocateParams) -> None:
         scores = score(pool, Request(genomes, ("kl", "nll")), workers=context.executor.workers, note="allocations")
     rows = []
     allocations = []
-    for (allocation, solution, effort), measured in zip(found, scores, strict=True):
-        allocation = replace(allocation, kl=measured["kl"]["mean"], perplexity=perplexity(measured["nll"]["mean"]))
+    for (unmeasured, solution, effort), measured in zip(found, scores, strict=True):
+        allocation = replace(unmeasured, kl=measured["kl"]["mean"], perplexity=perplexity(measured["nll"]["mean"]))
         allocations.append(allocation)
         rows.append(_row(allocation, solution) | effort | {"seed": params.seed, "profile_tokens": profile_tokens})
     save_allocations(context.out, allocations)
@@ -166,6 +166,7 @@ def _evolve(
     problem: Problem,
     pool: Pool,
     journal: _CandidateJournal,
+    *,
     budget: str,
     number: int,
     total_tokens: int,

@@ -8,7 +8,6 @@ rows can be compared in pairs.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -50,9 +49,9 @@ def evaluate(context: Context, params: EvaluateParams) -> None:
     tokens = tokenized(context, params.data)
     found: dict[str, Score] = {}
     if context.inputs["allocations"]:
-        found |= _score(context, params, tokens, "allocations", *_allocations(context))
+        found |= _score(context, params, tokens, *_allocations(context), note="allocations")
     if context.inputs["models"]:
-        found |= _score(context, params, tokens, "models", *_models(context))
+        found |= _score(context, params, tokens, *_models(context), note="models")
     (context.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     context.record(
         "metrics",
@@ -92,7 +91,7 @@ def _models(context: Context) -> tuple[dict[str, Genome], Levels]:
 
 
 def _score(
-    context: Context, params: EvaluateParams, tokens: Tokens, note: str, genomes: dict[str, Genome], levels: Levels
+    context: Context, params: EvaluateParams, tokens: Tokens, genomes: dict[str, Genome], levels: Levels, *, note: str
 ) -> dict[str, Score]:
     metrics = tuple(MEASURED_AS[metric] for metric in params.metrics)
     request = Request(tuple(genomes.values()), metrics, sequences=True)

@@ -7,6 +7,7 @@ end.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -32,8 +33,8 @@ Genome = tuple[int, ...]
 """Level index of every unit, in the database's order, or DENSE."""
 
 Measurement = dict[str, Any]
-"""`mean` and `stderr` over sequences (None where not finite), `n_tokens` read, and, on request, `sequences`: the mean of
-each."""
+"""`mean` and `stderr` over sequences (None where not finite), `n_tokens` read, and, on request, `sequences`: the mean
+of each."""
 
 Score = dict[str, Measurement]
 """Metric to measurement, for one genome."""
@@ -121,7 +122,7 @@ def score(pool: Pool, request: Request, *, workers: int, note: str = "") -> list
 
 def _split(genomes: Sequence[Genome], parts: int) -> list[tuple[Genome, ...]]:
     bounds = [len(genomes) * part // parts for part in range(parts + 1)]
-    return [tuple(genomes[start:end]) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [tuple(genomes[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def perplexity(nll: float | None) -> float | None:

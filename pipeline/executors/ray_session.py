@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.pipeline.executors.raw import Resources
+from layerwise.pipeline.executors.ray_hosts import Hosts
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class RaySession:
         self._ray: Any = None
         self._folder: Path | None = None  # set while a Ray of ours runs
         self._pid = 0
+        self._hosts: Hosts | None = None
         self.replicas_open = False
 
     def ray(self) -> Any:
@@ -67,8 +70,18 @@ class RaySession:
         """What each machine offers in total, by Ray's names: `CPU`, `GPU`, `memory`."""
         return [node["Resources"] for node in self.ray().nodes() if node["Alive"]]
 
+    def hosts(self, resources: Resources, limit: int) -> Hosts:
+        """Worker processes of that size; those of another size end first, for they hold the cores."""
+        ray = self.ray()
+        if self._hosts is None or self._hosts.resources != resources:
+            self._close_hosts()
+            self._hosts = Hosts(ray, resources, limit)
+        return self._hosts
+
     def close(self) -> None:
-        """Take down the Ray that this session started; one that was found running goes on."""
+        """Take down the Ray that this session started; one that was found running goes on, without our processes."""
+        if self._pid == os.getpid():
+            self._close_hosts()
         if self._folder is None or self._pid != os.getpid():  # a forked child must not end its parent's Ray
             return
         atexit.unregister(self.close)
@@ -76,16 +89,22 @@ class RaySession:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._ray = self._folder = None
 
+    def _close_hosts(self) -> None:
+        if self._hosts is not None and self._ray is not None and self._ray.is_initialized():
+            self._hosts.close()
+        self._hosts = None
+
     def _connect(self) -> Any:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)  # before the import, which reads them
         import ray
 
+        self._pid = os.getpid()
         if ray.is_initialized():
             logger.info("using the Ray that this process has already initialised")
             return ray
         self.close()  # a Ray of ours that somebody else shut down
-        self._ray, self._pid, self._folder = ray, os.getpid(), _private_folder()
+        self._ray, self._folder = ray, _private_folder()
         atexit.register(self.close)
         logger.info("starting Ray (some seconds)")
         try:

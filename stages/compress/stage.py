@@ -16,7 +16,7 @@ from layerwise.stages.compress import MenuEntry, compressor_names, find_compress
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Row, Stage
 
 ENTRY_TYPES = tuple(find_compressor(name).params for name in compressor_names())
-AnyEntry: Any = Annotated[Union[ENTRY_TYPES], Field(discriminator="method")]  # noqa: UP007: made at run time
+AnyEntry: Any = Annotated[Union[ENTRY_TYPES], Field(discriminator="method")]  # noqa: UP007 (made at run time)
 
 
 class CompressParams(Params):
@@ -54,7 +54,7 @@ def compress(context: Context, params: CompressParams) -> None:
 
 
 def _take_over(finished: Path, target: Path) -> None:
-    """Link the units' files into the artifact; they stay where an interrupted stage finds them until it is published."""
+    """Link the units' files into the artifact; an interrupted stage still finds them where they were."""
     target.mkdir()
     for file in sorted(finished.glob("*.safetensors")):
         (target / file.name).hardlink_to(file)

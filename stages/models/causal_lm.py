@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ class Stream:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-class _Stop(Exception):  # noqa: N818: control flow, not an error
+class _Stop(Exception):  # noqa: N818 (control flow, not an error)
     """Leaves a model's forward once everything of interest has been seen."""
 
 
@@ -176,11 +175,8 @@ class CausalLM:
                 raise _Stop
             return state
 
-        with self._blocks_replaced(record):
-            try:
-                self.model(input_ids=ids, use_cache=False)
-            except _Stop:
-                pass
+        with self._blocks_replaced(record), suppress(_Stop):
+            self.model(input_ids=ids, use_cache=False)
         return Stream(ids, hidden[0], calls)
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class Checkpoint:
         return size
 
     def find(self, name: str, shape: tuple[int, ...], prefix: str) -> str | None:
-        """The stored name of a parameter: base models are saved with or without their prefix (`model.`, `transformer.`)."""
+        """The stored name of a parameter: with the prefix of the base model (`model.`, `transformer.`) or without."""
         for candidate in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}"):
             if candidate in self.headers and self.headers[candidate][2] == shape:
                 return candidate

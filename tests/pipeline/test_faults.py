@@ -260,7 +260,7 @@ def workers(pid: int) -> list[Any]:
     for process in descendants(pid):
         with suppress(psutil.Error):
             title = " ".join(process.cmdline())
-            if title.startswith("ray::"):
+            if title.startswith("ray::") and "Agent" not in title:
                 found.append(("IDLE" in title, process))
     return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,17 @@ def _save_model(folder: Path, family: str) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only get slower from a second thread, and much slower on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a family's tiny model; made once, never to be changed."""
@@ -130,7 +142,7 @@ def edited_model(tmp_path: Path) -> Callable[[Path, Callable[[dict[str, Any]], N
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextSource]:
     """Two texts of random words: 12 and 6 sequences."""
     folder = tmp_path_factory.mktemp("texts")
-    words = "the one cat dog who sat saw ran and but on by a red big mat hat house café tree".split()
+    words = ["the", "one", "cat", "dog", "who", "sat", "saw", "ran", "and", "but", "on", "a", "red", "café", "tree"]
     generator = np.random.default_rng(0)
     sources = {}
     for name, sequences in (("calibration", 12), ("heldout", 6)):
@@ -174,7 +186,8 @@ class Bench:
         """
         found = find_stage(stage)
         self.runs += 1
-        place, key = self.folder / f"{self.runs:02}-{stage}", f"{self.runs:064}"
+        place = self.folder / f"{self.runs:02}-{stage}"
+        key = hashlib.sha256(place.name.encode()).hexdigest()
         for name in ("out", "items"):
             (place / name).mkdir(parents=True)
         store = Store.open(self.folder / "results", create=True)

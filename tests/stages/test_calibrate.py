@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.calibrate import CalibrateParams
-from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.statistics import Statistics
 
 
@@ -32,16 +31,20 @@ def test_every_unit_gets_a_row_and_a_hessian(chain: Callable[[str], Any], load_m
         assert (torch.linalg.eigvalsh(H.double()) > -1e-3 * H.diagonal().mean()).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_what_is_no_unit_is_counted_in_bytes(
-    chain: Callable[[str], Any], load_model: Callable[[str], Any], model_folder: Callable[[str], Path], family: str
+    chain: Callable[[str], Any],
+    new_bench: Callable[..., Any],
+    load_model: Callable[[str], Any],
+    model_folder: Callable[[str], Path],
 ) -> None:
-    lm = load_model(family)
-    index = json.loads((chain("llama").stats.out / "units.json").read_text()) if family == "llama" else None
-    everything = sum(4 * tensor.numel() for tensor in load_file(model_folder(family) / "model.safetensors").values())
-    units = sum(4 * unit.n_weights for unit in lm.units)
-    assert Checkpoint(model_folder(family)).size_bytes == everything
-    assert index is None or (index["rest_bytes"], index["n_tokens"]) == (everything - units, 12 * 16)
+    tied = new_bench(model_folder("qwen3")).run("calibrate", {"targets": ["mlp.down_proj"]})
+    cases = {"llama": (chain("llama").stats, None), "qwen3": (tied, "mlp.down_proj")}
+    for family, (stats, kind) in cases.items():
+        index = json.loads((stats.out / "units.json").read_text())
+        stored = load_file(model_folder(family) / "model.safetensors").values()
+        units = sum(unit.n_weights for unit in load_model(family).units if kind in (None, unit.kind))
+        assert index["rest_bytes"] == 4 * (sum(tensor.numel() for tensor in stored) - units)
+        assert index["n_tokens"] == 12 * 16
 
 
 @pytest.mark.parametrize("shards", [1, 3, 20])

@@ -38,7 +38,9 @@ def test_a_checkpoint_of_the_base_model_is_read_without_its_prefix(
 ) -> None:
     from transformers import AutoModel
 
-    AutoModel.from_pretrained(model_folder(family)).save_pretrained(tmp_path)  # embeddings are tied: a head is not missed
+    AutoModel.from_pretrained(model_folder(family)).save_pretrained(
+        tmp_path
+    )  # embeddings are tied: a head is not missed
     checkpoint, lm = Checkpoint(tmp_path), CausalLM.load(ModelSource(tmp_path))
     unit = lm.units[0]
     assert unit.name.startswith(prefix)

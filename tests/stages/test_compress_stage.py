@@ -64,9 +64,7 @@ def test_a_dense_level_is_the_weight_itself(
     assert {(row["bits"], row["weight_nmse"], row["output_error"]) for row in levels.rows["levels"]} == {(32, 0, 0)}
 
 
-def test_the_same_stage_gives_the_same_bytes(
-    chain: Callable[[str], Any]
-) -> None:
+def test_the_same_stage_gives_the_same_bytes(chain: Callable[[str], Any]) -> None:
     made = chain("llama")
     menu = {"menu": [{"method": "gptq", "bits": 3, "group_size": 16}]}
     outs = [made.bench.run("compress", menu, statistics=made.stats.out).out for _ in range(2)]

@@ -132,9 +132,7 @@ def test_caches_too_small_for_anything_change_nothing(
     levels = NoisyLevels(lm)
     request = Request(random_genomes(levels, 5), METRICS)
     expected = Evaluator(lm, SEQUENCES, levels, batch_tokens=32)(request)
-    small = Evaluator(
-        lm, SEQUENCES, levels, batch_tokens=32, cache_bytes=cache_bytes, reference_bytes=reference_bytes
-    )
+    small = Evaluator(lm, SEQUENCES, levels, batch_tokens=32, cache_bytes=cache_bytes, reference_bytes=reference_bytes)
     assert small(request) == expected
     assert small(request) == expected, "what is left in a cache is right the second time too"
 

@@ -50,7 +50,7 @@ def test_fewer_tokens_than_a_sequence_still_give_one_sequence() -> None:
 
 
 def test_a_text_shorter_than_one_sequence_is_refused_with_both_lengths() -> None:
-    with pytest.raises(DataError, match="data.story: the text has 7 tokens, fewer than one sequence of 8"):
+    with pytest.raises(DataError, match=r"data\.story: the text has 7 tokens, fewer than one sequence of 8"):
         cut(np.arange(7, dtype=np.int32), source(8))
 
 
@@ -72,7 +72,7 @@ def test_files_are_one_stream_of_tokens(model_folder: Callable[[str], Path], tmp
 def test_text_that_is_not_utf8_is_named(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("café".encode("latin-1"))
-    with pytest.raises(DataError, match="data.story: not UTF-8 text"):
+    with pytest.raises(DataError, match=r"data\.story: not UTF-8 text"):
         encode(TextSource("story", (path,), 4), model_folder("llama"))
 
 
@@ -82,7 +82,7 @@ def test_a_model_without_a_tokenizer_is_refused(
     folder = edited_model(model_folder("llama"), lambda tensors: None)
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(DataError, match="data.calibration") as caught:
+    with pytest.raises(DataError, match=r"data\.calibration") as caught:
         encode(texts["calibration"], folder)
     assert caught.value.hint == "the model folder must hold its tokenizer"
 

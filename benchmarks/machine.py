@@ -1,0 +1,22 @@
+"""The lines that every table of a benchmark begins with: when, where, with what, and how to print it again."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+
+def header(script: str, packages: Sequence[str]) -> list[str]:
+    """Date, machine class, versions and command, as Markdown list items."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    arguments = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return [
+        f"- {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} CPU cores, shared, no GPU",
+        f"- Python {platform.python_version()}, {versions}",
+        f"- command: `{' '.join(['python', f'benchmarks/{script}', *arguments])}`",
+    ]

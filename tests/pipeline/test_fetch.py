@@ -1,0 +1,149 @@
+"""What decides results is in a digest, and nothing else is."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from layerwise.errors import DataError, UnsupportedModel, UsageError
+from layerwise.pipeline.artifacts import FileDigests
+from layerwise.pipeline.fetch import Fetched, fetch
+
+REST = """
+stages:
+  stats: {uses: calibrate}
+"""
+
+
+def fetched(desk: Any, **options: Any) -> Fetched:
+    (desk.folder / "model" / "config.json").touch()
+    root = desk.folder / "results"
+    return fetch(desk.load(REST, **options), root, FileDigests(root))
+
+
+def digests(desk: Any, **options: Any) -> tuple[str, str]:
+    found = fetched(desk, **options)
+    return found.model_digest, found.data_digests["calibration"]
+
+
+def test_the_model_and_the_texts_are_given_as_stages_need_them(desk: Any) -> None:
+    found = fetched(desk, sets=["model={path: model, dtype: bfloat16}"])
+    assert found.model.path == desk.folder / "model"
+    assert found.model.dtype == "bfloat16"
+    calibration = found.data["calibration"]
+    assert calibration.paths == (desk.folder / "calibration.txt",)
+    assert (calibration.sequence_length, calibration.tokens) == (128, 2048)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "tokenizer.model", "vocab.txt", "chat_template.jinja"]
+)
+def test_a_changed_file_of_the_model_changes_its_digest_alone(desk: Any, name: str) -> None:
+    model, text = digests(desk)
+    (desk.folder / "model" / name).write_text("new")
+    changed, same = digests(desk)
+    assert changed != model
+    assert same == text
+
+
+def test_a_readme_beside_the_weights_does_not_matter(desk: Any) -> None:
+    before = digests(desk)
+    (desk.folder / "model" / "README.md").write_text("new")
+    assert digests(desk) == before
+
+
+def test_the_dtype_changes_the_digest_of_the_model(desk: Any) -> None:
+    assert digests(desk, sets=["model={path: model, dtype: bfloat16}"])[0] != digests(desk)[0]
+
+
+@pytest.mark.parametrize("option", ["data.calibration.tokens=1Ki", "data.calibration.sequence_length=64"])
+def test_how_a_text_is_cut_changes_its_digest_alone(desk: Any, option: str) -> None:
+    model, text = digests(desk)
+    same, changed = digests(desk, sets=[option])
+    assert same == model
+    assert changed != text
+
+
+def test_where_a_text_stands_does_not_matter_and_what_is_in_it_does(desk: Any) -> None:
+    before = digests(desk)
+    desk.write("once upon a time", "copy.txt")
+    assert digests(desk, sets=["data.calibration.text=copy.txt"]) == before
+    desk.write("twice upon a time", "copy.txt")
+    assert digests(desk, sets=["data.calibration.text=copy.txt"]) != before
+
+
+def test_a_folder_without_a_configuration_is_no_model(desk: Any) -> None:
+    root = desk.folder / "results"
+    with pytest.raises(UnsupportedModel, match=r"holds no config\.json") as caught:
+        fetch(desk.load(REST), root, FileDigests(root))
+    assert caught.value.hint
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_told_in_words(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def offline(name: str, **options: Any) -> str:
+        asked.append((name, options["revision"]))
+        raise OSError("no connection")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=offline))
+    with pytest.raises(UnsupportedModel, match="cannot fetch owner/name: no connection") as caught:
+        fetched(desk, sets=["model={id: owner/name, revision: abc}"])
+    assert caught.value.hint
+    assert asked == [("owner/name", "abc")]
+
+
+def test_a_hub_model_is_used_from_where_it_was_fetched_to(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = SimpleNamespace(snapshot_download=lambda name, **options: str(desk.folder / "model"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert digests(desk, sets=["model={id: owner/name}"]) == digests(desk)
+
+
+def dataset(desk: Any) -> Fetched:
+    (desk.folder / "model" / "config.json").touch()
+    root = desk.folder / "results"
+    workflow = desk.load(REST, sets=["data.calibration={dataset: owner/name, tokens: 4, sequence_length: 2}"])
+    return fetch(workflow, root, FileDigests(root))
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, load: Any) -> None:
+    module = ModuleType("datasets")
+    module.load_dataset = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_only_the_beginning_of_a_dataset_is_read_and_only_once(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        assert (name, config, split, streaming) == ("owner/name", None, "train", True)
+        for number in range(1000):
+            rows.append(number)
+            yield {"text": f"document {number}"}
+
+    offer(monkeypatch, load)
+    first, second = dataset(desk), dataset(desk)
+    assert rows == [0, 1, 2, 3]  # 4 tokens can need no more than 32 characters, and these are 40
+    (path,) = first.data["calibration"].paths
+    assert path.read_text() == "\n\n".join(f"document {number}" for number in range(4))
+    assert first.data_digests == second.data_digests
+
+
+def test_a_dataset_without_the_package_or_that_cannot_be_read_is_told(
+    desk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="needs the package `datasets`") as caught:
+        dataset(desk)
+    assert "pip install" in str(caught.value.hint)
+
+    def load(name: str, config: str | None, **options: Any) -> Any:
+        raise ValueError("no such split")
+
+    offer(monkeypatch, load)
+    with pytest.raises(DataError, match=r"data\.calibration: cannot read owner/name: no such split"):
+        dataset(desk)
+    assert not list((desk.folder / "results").glob("texts/*"))
