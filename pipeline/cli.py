@@ -18,6 +18,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
+    from layerwise.pipeline.run import Run
     from layerwise.pipeline.workflow import Workflow
     from layerwise.results.store import Store
 
@@ -65,21 +66,18 @@ def run(
     from layerwise.pipeline.display import open_display
     from layerwise.pipeline.run import Run
 
-    prepared = Run(_load(workflow, param, set_, profile), results, open_display())
-    if dry_run:
-        for plan in prepared.plan():
-            state = "cached" if plan.artifact else f"would run ({plan.reason})"
-            print(f"{plan.node.id}: {state}")
-        return
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        prepared.execute(executor, sys.argv)
+        prepared = Run(_load(workflow, param, set_, profile), results, open_display())
+        if dry_run:
+            for plan in prepared.plan():
+                state = "cached" if plan.artifact else f"would run ({plan.reason})"
+                print(f"{plan.node.id}: {state}")
+            return
+        _execute(prepared, executor)
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: {_again()}", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
-    except Exception:
-        print(f"after mending it, go on with: {_again()}", file=sys.stderr)
-        raise
     _print_outcome(prepared.store, prepared.id)
 
 
@@ -205,6 +203,14 @@ def main() -> None:
 def _fail(text: str, code: int) -> NoReturn:
     print(text, file=sys.stderr)
     sys.exit(code)
+
+
+def _execute(prepared: Run, executor: str) -> None:
+    try:
+        prepared.execute(executor, sys.argv)
+    except Exception:
+        print(f"after mending it, go on with: {_again()}", file=sys.stderr)
+        raise
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

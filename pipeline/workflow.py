@@ -143,6 +143,7 @@ def load_workflow(
     inputs = bind(wirings, report, catalogue.makers)
     order = run_order(wirings, report)
     check_texts(drafts, data, report)
+    _check_together(drafts, inputs, report)
     if report.problems or header is None or model is None:
         raise WorkflowError(report.problems, hint=_hint(drafts))
 
@@ -179,6 +180,19 @@ def _resolve_head(tree: Tree, declared: Tree, report: Report) -> Tree:
     version = entries.get("version", tree)
     entries["version"] = replace(version, value=VERSION)  # a wrong one is reported by _check_version
     return replace(tree, value=entries)
+
+
+def _check_together(drafts: Sequence[Draft], inputs: Mapping[str, Inputs], report: Report) -> None:
+    """Report what a stage finds wrong with its parameters beside those of the stages that feed it."""
+    params = {draft.wiring.id: draft.params for draft in drafts}
+    for draft in drafts:
+        wiring = draft.wiring
+        feeding = {port: [params.get(id_) for id_ in ids] for port, ids in inputs.get(wiring.id, {}).items()}
+        complete = draft.params is not None and all(None not in given for given in feeding.values())
+        if wiring.stage is None or wiring.stage.check is None or not complete:
+            continue
+        for path, text in wiring.stage.check(draft.params, feeding):
+            report.add(draft.given.place_of(path), (*wiring.path, "with", *path), text)
 
 
 def _hint(drafts: Sequence[Draft]) -> str | None:

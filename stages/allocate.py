@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -86,6 +86,19 @@ class AllocateParams(Params):
         """Each budget to solve for: every combination of the lists."""
         lists = [amounts if isinstance(amounts, list) else [amounts] for amounts in self.budgets.values()]
         return [dict(zip(self.budgets, amounts, strict=True)) for amounts in itertools.product(*lists)]
+
+
+def out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Budgets of bits that no allocation of the menu can meet, or that none can fill."""
+    offers = [entry.nominal_bits() for made in feeding.get("database", ()) for entry in made.menu]
+    known = [bits for offer in offers if offer is not None for bits in offer]
+    if not known:
+        return
+    least, most = min(known), max(known) if None not in offers else math.inf
+    for budget in params.combinations:
+        amount = budget.get("bits", least)
+        if not least <= amount <= most:
+            yield ("budgets", "bits"), f"{amount:g} bits per weight is out of reach: the menu has {least:g} to {most:g}"
 
 
 def allocate(context: Context, params: AllocateParams) -> None:
@@ -282,4 +295,5 @@ STAGE = Stage(
     gives="allocations",
     takes={"database": Port("database"), "profile": Port("profile", optional=True)},
     data=("data",),
+    check=out_of_reach,
 )

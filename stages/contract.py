@@ -10,7 +10,7 @@ and a fully cached `layerwise run` need every stage's parameters but none of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,11 @@ class Port:
     optional: bool = False
 
 
+Check = Callable[[Any, Mapping[str, Sequence[Any]]], Iterable[tuple[tuple[str | int, ...], str]]]
+"""Finds mistakes that show only together with the parameters of the stages that feed a stage: takes its parameters and
+theirs by port, gives (path below `with`, text)."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """What the pipeline knows of a stage before it runs.
@@ -59,6 +64,7 @@ class Stage:
         takes: its inputs by name.
         data: the parameters that name an entry of the workflow's `data:` section.
         reports: true when what it measures must come from text that nothing was calibrated or searched on.
+        check: what can be seen to be wrong before anything runs.
         impl: raised by hand whenever the same inputs would give other bytes; part of the stage's key.
     """
 
@@ -69,6 +75,7 @@ class Stage:
     takes: Mapping[str, Port] = field(default_factory=dict)
     data: tuple[str, ...] = ()
     reports: bool = False
+    check: Check | None = None
     impl: int = 1
 
 

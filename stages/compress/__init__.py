@@ -14,7 +14,7 @@ Neither this module nor the methods import torch before they work, because a wor
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,6 +48,10 @@ class MenuEntry(Params):
     def level_names(self) -> list[str]:
         """Names of the levels it makes, in their order; known before any is made."""
         raise NotImplementedError
+
+    def nominal_bits(self) -> Sequence[float] | None:
+        """Their bits per weight, if these too are known before; a budget out of reach is then refused at once."""
+        return None
 
 
 @dataclass(frozen=True)

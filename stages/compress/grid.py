@@ -66,6 +66,10 @@ class GridParams(MenuEntry):
             for bits in self.bits
         ]
 
+    def nominal_bits(self) -> tuple[int, ...]:
+        """As they stand in the menu."""
+        return self.bits
+
     def _name_suffixes(self) -> list[str]:
         """What else tells apart the levels of two menu entries of this method."""
         return []

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -357,6 +358,21 @@ def test_a_results_folder_of_a_newer_version_ends_with_code_4(
         assert outcome.out == ""
         assert "was written by a newer layerwise" in outcome.err
         assert "hint: upgrade layerwise" in outcome.err
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_run_that_is_stopped_before_it_began_says_how_to_go_on(
+    layerwise: Layerwise, tiny_workflow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    def fetch(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("layerwise.pipeline.run.fetch", fetch)
+    outcome = layerwise("run", tiny_workflow, "--results", tmp_path, *options)
+    assert outcome.code == 3
+    assert outcome.out == ""
+    assert f"stopped; to go on: layerwise run {tiny_workflow}" in outcome.err
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(
