@@ -115,7 +115,7 @@ class Run:
             "format": KEY_FORMAT,
             "uses": node.stage.name,
             "impl": node.stage.impl,
-            "with": node.params.model_dump(mode="json"),
+            "with": node.params.material(),
             "inputs": {port: [_digest(plans[id_]) for id_ in ids] for port, ids in node.inputs.items() if ids},
             "model": self.sources.model_digest,
             "data": {name: self.sources.data_digests[text] for name, text in texts.items()},

@@ -11,22 +11,30 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from layerwise.errors import InfeasibleBudget, UsageError
-from layerwise.solvers import PRESETS, SOLVERS, Evolve, Problem, Solution
+from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Evolve, Problem, Solution
 from layerwise.stages.allocation import RESOURCES, Allocation, CostTable, budget_text, save_allocations
 from layerwise.stages.contract import Context, Params, Port, Row, Stage
 from layerwise.stages.database import DatabaseIndex
-from layerwise.stages.registry import nearest
+from layerwise.stages.registry import lookup, names, nearest
 from layerwise.stages.scoring import Pool, Request, evaluator_factory, perplexity, score
 from layerwise.stages.text import tokenized
 
 Resource = Literal["bits", "effective_bits", "bytes"]
+SOLVER_GROUP = "layerwise.solvers"
+"""Entry points through which other packages offer separable solvers."""
+SEARCH_ONLY = {
+    *("seed", "start", "fitness", "preset", "generations", "offspring", "patience", "max_tokens"),
+    *("survivors_per_selection", "tokens_per_selection"),
+}
+"""Parameters that nothing but a search reads."""
+
 ROWS_PER_FILE = 256
 """Candidates are written in batches: reading a Parquet table costs per file, not per row."""
 
@@ -60,7 +68,7 @@ class AllocateParams(Params):
     @field_validator("solver")
     @classmethod
     def _known_solver(cls, value: str) -> str:
-        known = [*SOLVERS, "evolve"]
+        known = [*names(SOLVERS, SOLVER_GROUP), *SEARCHES]
         if value not in known:
             raise ValueError(f"'{value}' is no solver ({nearest(value, known)})")
         return value
@@ -80,6 +88,10 @@ class AllocateParams(Params):
             if not amounts or not all(math.isfinite(amount) and amount > 0 for amount in amounts):
                 raise ValueError(f"{resource} must be one or more numbers above 0, got {given}")
         return value
+
+    def material(self) -> dict[str, Any]:
+        """Without what only a search reads, where there is none: another seed does not change an ILP."""
+        return self.model_dump(mode="json", exclude=None if self.solver in SEARCHES else SEARCH_ONLY)
 
     @property
     def combinations(self) -> list[dict[str, float]]:
@@ -128,7 +140,7 @@ def allocate(context: Context, params: AllocateParams) -> None:
                         context, params, problem, pool, journal, budget=text, number=number, total_tokens=tokens.total
                     )
                 else:
-                    solution, evaluations, searched = SOLVERS[params.solver](problem), 0, 0
+                    solution, evaluations, searched = find_solver(params.solver)(problem), 0, 0
             except InfeasibleBudget as error:
                 raise table.in_words(error, budget) from error
             allocation = table.allocation(solution.choice.tolist(), solver=params.solver, budget=budget)
@@ -137,12 +149,12 @@ def allocate(context: Context, params: AllocateParams) -> None:
         journal.flush()
         genomes = tuple(allocation.genome for allocation, _, _ in found)
         scores = score(pool, Request(genomes, ("kl", "nll")), workers=context.executor.workers, note="allocations")
-    rows = []
-    allocations = []
+    seed = params.seed if params.solver in SEARCHES else None
+    rows, allocations = [], []
     for (unmeasured, solution, effort), measured in zip(found, scores, strict=True):
         allocation = replace(unmeasured, kl=measured["kl"]["mean"], perplexity=perplexity(measured["nll"]["mean"]))
         allocations.append(allocation)
-        rows.append(_row(allocation, solution) | effort | {"seed": params.seed, "profile_tokens": profile_tokens})
+        rows.append(_row(allocation, solution, seed) | effort | {"profile_tokens": profile_tokens})
     save_allocations(context.out, allocations)
     context.record("allocations", rows)
 
@@ -206,6 +218,12 @@ def _evolve(
     return search.best, search.evaluations, searched
 
 
+def find_solver(name: str) -> Callable[[Problem], Solution]:
+    """The separable solver of that name, ours or another package's."""
+    solver: Callable[[Problem], Solution] = lookup(name, SOLVERS, group=SOLVER_GROUP, kind="solver")
+    return solver
+
+
 def _start(params: AllocateParams, problem: Problem) -> Solution | None:
     if params.start == "random":
         return None
@@ -267,11 +285,12 @@ class _CandidateJournal:
         self.rows = []
 
 
-def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
+def _row(allocation: Allocation, solution: Solution, seed: int | None) -> dict[str, Any]:
     return {
         "candidate": allocation.candidate,
         "solver": allocation.solver,
         "budget": allocation.budget,
+        "seed": seed,
         "genome": list(allocation.genome),
         "units": list(allocation.levels),
         "levels": list(allocation.levels.values()),

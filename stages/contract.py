@@ -31,6 +31,10 @@ class Params(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def material(self) -> dict[str, Any]:
+        """What decides the result, as JSON: the part of a stage's key. All of it, unless a stage knows better."""
+        return self.model_dump(mode="json")
+
 
 @dataclass(frozen=True)
 class Port:

@@ -1,4 +1,4 @@
-"""Tables of `name: "module:object"`, ours first, then those of installed packages.
+"""Tables of names, ours first, then what installed packages offer.
 
 A literal table can be read and grepped, and means the same in every process; entry points let other people's packages
 join without touching ours.
@@ -15,7 +15,7 @@ from typing import Any
 from layerwise.errors import UsageError
 
 
-def names(table: Mapping[str, str], group: str) -> list[str]:
+def names(table: Mapping[str, object], group: str) -> list[str]:
     """Every name on offer, ours before those of other packages."""
     return [*table, *(point.name for point in entry_points(group=group) if point.name not in table)]
 
@@ -26,19 +26,22 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
-def lookup(name: str, table: Mapping[str, str], *, group: str, kind: str) -> Any:
+def lookup(name: str, table: Mapping[str, object], *, group: str, kind: str) -> Any:
     """The object behind a name.
 
     Args:
         name: as the user wrote it.
-        table: ours, `{name: "module:object"}`.
+        table: ours: the object itself, or `"module:object"` for what must not be imported before it is needed.
         group: the entry point group where other packages offer theirs.
         kind: what the thing is called in an error ("stage", "compressor").
     Raises:
         UsageError: nobody offers the name.
     """
     if name in table:
-        module, _, attribute = table[name].partition(":")
+        found = table[name]
+        if not isinstance(found, str):
+            return found
+        module, _, attribute = found.partition(":")
         return getattr(import_module(module), attribute)
     for point in entry_points(group=group):
         if point.name == name:

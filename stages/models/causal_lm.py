@@ -66,7 +66,7 @@ class Stream:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-class _Stop(Exception):  # noqa: N818 (control flow, not an error)
+class _Stop(Exception):
     """Leaves a model's forward once everything of interest has been seen."""
 
 

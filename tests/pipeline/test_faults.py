@@ -53,6 +53,7 @@ for line in iter(sys.stdin.readline, ""):
         sys.stdout.flush()
         os._exit(code)
     print(pid, flush=True)
+    sys.stdin.readline()  # until then the ended process keeps its id, so that no other can be killed in its place
     print(os.waitpid(pid, 0)[1], flush=True)
 """
 
@@ -68,18 +69,22 @@ class ForkServer:
 
     def start(self, arguments: Sequence[str], log: Path) -> int:
         """Start a command; gives its process id."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([["layerwise", *arguments], str(log)]) + "\n")
-        self.process.stdin.flush()
+        self._say(json.dumps([["layerwise", *arguments], str(log)]))
         return int(self._answer())
 
     def status(self) -> int:
         """How the command ended: its exit code, or minus the signal that killed it."""
+        self._say("")
         return os.waitstatus_to_exitcode(int(self._answer()))
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+    def _say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
@@ -150,9 +155,11 @@ def wait_for_files(results: Path, number: int, running: Callable[[], bool]) -> N
         time.sleep(0.002)
 
 
-def exists(pid: int) -> Callable[[], bool]:
+def alive(pid: int) -> Callable[[], bool]:
+    """Whether a process of the fork server has not ended yet."""
+
     def running() -> bool:
-        return Path(f"/proc/{pid}").exists()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
 
     return running
 
@@ -203,9 +210,9 @@ def test_a_run_killed_three_times_ends_with_the_same_frontier_and_repeats_nothin
     kills: list[list[Journal]] = []
     for _ in range(3):
         pid = forks.start(arguments(tiny_workflow, results), log)
-        wait_for_files(results, moments.randrange(0, total // 4), exists(pid))
+        wait_for_files(results, moments.randrange(0, total // 4), alive(pid))
         time.sleep(moments.random() * 0.02)
-        os.kill(pid, signal.SIGKILL)  # our own fork; the server holds its place until its end has been told
+        os.kill(pid, signal.SIGKILL)
         assert forks.status() == -signal.SIGKILL
         kept = {path: identity for journal in journals(results) for path, identity in journal.files.items()}
         for journal in kills[-1] if kills else []:
@@ -232,7 +239,7 @@ def test_a_hundred_kills_lose_nothing(
         status = -1
         while status != 0:
             pid = forks.start(arguments(tiny_workflow, results), log)
-            wait_for_files(results, moments.randrange(0, 30), exists(pid))
+            wait_for_files(results, moments.randrange(0, 30), alive(pid))
             time.sleep(moments.random() * 0.02)
             os.kill(pid, signal.SIGKILL)
             status = forks.status()
