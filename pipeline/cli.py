@@ -136,7 +136,9 @@ def runs(results: ResultsOption = RESULTS, format_: FormatOption = "table") -> N
 
 @app.command()
 def frontier(
-    run: Annotated[str | None, typer.Argument(help="a run, or the start of its id; the newest if left out")] = None,
+    run: Annotated[
+        str | None, typer.Argument(help="a run id, its start, or a workflow's name; the newest run if left out")
+    ] = None,
     over: Annotated[Literal["bits", "effective_bits", "bytes"], typer.Option(help="the cost on one axis")] = "bits",
     loss: Annotated[
         Literal["heldout_kl", "heldout_perplexity", "kl"] | None,

@@ -56,7 +56,7 @@ def plot_frontier(
     from matplotlib.figure import Figure
 
     loss = loss or (frame["ranked_by"].iloc[0] if len(frame) else "kl")
-    dense = (dense_losses or {}).get(loss)
+    dense = (dense_losses or {}).get(loss) or None  # its KL to itself is 0: no line to draw, and no place on a log axis
     points = frame[frame[loss].notna() & frame[over].notna()].sort_values(over)
     if points.empty:
         raise UsageError(f"no allocation with {over} and {loss} to draw", hint="run the allocate stage first")

@@ -38,17 +38,21 @@ def find_run(store: Store, run: str | None = None) -> str:
 
     Args:
         store: where to look.
-        run: its id or the start of it; None for the newest run.
+        run: its id, the start of it, or the name of a workflow (its newest run); None for the newest of all.
     Raises:
         UsageError: there is no such run, or several start like this.
     """
-    known = [str(row["run_id"]) for row in _runs(store)]
+    rows = _runs(store)
+    known = [str(row["run_id"]) for row in rows]
     if not known:
         raise UsageError(f"{store.root} holds no run yet", hint="run a workflow first")
     if run is None:
         return known[0]
     if run in known:
         return run
+    named = [str(row["run_id"]) for row in rows if row["name"] == run]
+    if named:
+        return named[0]
     return _only([name for name in known if name.startswith(run)], f"run {run!r}", f"the newest is {known[0]}")
 
 

@@ -82,7 +82,7 @@ class Evaluator:
         for batch in chosen.split(self.batch_size):
             ids = self.sequences[batch, :length]
             stream = self.model.embed(ids)
-            reference = self._reference(tuple(batch.tolist()), length, stream)
+            reference = _Reference(self._reference(tuple(batch.tolist()), length, stream))
             states = [stream.hidden]  # states[b] is the hidden state before block b
             previous: tuple[int, ...] | None = None
             for number in order:
@@ -160,24 +160,37 @@ class Evaluator:
         return logits
 
 
-def _measure(logits: Tensor, reference: Tensor, ids: Tensor, metrics: Sequence[str]) -> dict[str, Tensor]:
+class _Reference:
+    """The dense model's answer to one batch, with what every candidate of the batch is compared with.
+
+    Args:
+        logits: (batch, length, vocabulary).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.float()
+        self.probabilities = torch.softmax(self.logits, -1)
+        self.normaliser = torch.logsumexp(self.logits, -1)
+
+
+def _measure(logits: Tensor, reference: _Reference, ids: Tensor, metrics: Sequence[str]) -> dict[str, Tensor]:
     """Means per sequence, float64.
 
     The divergence is written as `logsumexp(z) - logsumexp(r) - sum(p (z - r))`, with z the candidate's logits, r the
     dense model's and p = softmax(r): both differences are small where the divergence is, so float32 does not lose it.
     """
-    logits, reference = logits.float(), reference.float()
+    logits = logits.float()
     normaliser = torch.logsumexp(logits, -1)
     found = {}
     for metric in metrics:
         if metric == "kl":
-            expected = (torch.softmax(reference, -1) * (logits - reference)).sum(-1)
-            value = normaliser.double() - torch.logsumexp(reference, -1).double() - expected.double()
+            expected = torch.linalg.vecdot(reference.probabilities, logits - reference.logits)
+            value = normaliser.double() - reference.normaliser.double() - expected.double()
         elif metric == "nll":
             target = logits[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
             value = (normaliser[:, :-1] - target).double()
         else:
-            value = (logits.argmax(-1) == reference.argmax(-1)).double()
+            value = (logits.argmax(-1) == reference.logits.argmax(-1)).double()
             value[~torch.isfinite(normaliser)] = math.nan
         found[metric] = value.mean(-1)
     return found

@@ -31,7 +31,9 @@ class GridParams(MenuEntry):
 
     bits: Annotated[
         tuple[Annotated[int, Field(ge=2, le=8)], ...],
-        BeforeValidator(lambda bits: bits if isinstance(bits, list | tuple) else (bits,)),
+        BeforeValidator(
+            lambda bits: bits if isinstance(bits, list | tuple) else (bits,), json_schema_input_type=int | list[int]
+        ),
     ] = Field(
         min_length=1,
         validation_alias=AliasChoices("bits", "num_bits", "wbits"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +114,8 @@ def test_the_stages_of_layerwise_have_a_schema() -> None:
     Draft7Validator.check_schema(schema)
     names = {option.get("const") for option in schema["definitions"]["StageEntry"]["properties"]["uses"]["anyOf"]}
     assert {"calibrate", "compress", "profile", "allocate", "apply", "evaluate", "export"} <= names
+
+
+def test_the_committed_schema_is_that_of_the_models() -> None:
+    committed = Path(__file__).parents[2] / "workflows" / "schema.json"
+    assert json.loads(committed.read_text()) == workflow_schema(), "run `layerwise schema > workflows/schema.json`"

@@ -115,8 +115,10 @@ def test_a_budget_is_written_as_briefly_as_it_was_typed() -> None:
 def test_a_budget_out_of_reach_says_what_is_reachable_in_the_unit_it_was_given_in(
     two_units: CostTable, resource: str, least: float, most: float
 ) -> None:
-    for amount in (least, (least + most) / 2, most):
-        assert two_units.problem({resource: amount}, tie=False, losses=None).limits
+    for amount, fits in ((least, (0, 0)), (most, (2, 2))):
+        problem = two_units.problem({resource: amount}, tie=False, losses=None)
+        assert problem.feasible(fits)
+        assert problem.feasible([2, 2]) == (amount == most)
     with pytest.raises(InfeasibleBudget) as short:
         two_units.problem({resource: least * 0.99}, tie=False, losses=None)
     assert f"{resource} is below the least reachable {least:.6g}" in short.value.message
