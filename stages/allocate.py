@@ -20,10 +20,11 @@ from pydantic import Field, field_validator
 from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Evolve, Problem, Solution
 from layerwise.stages.allocation import RESOURCES, Allocation, CostTable, budget_text, save_allocations
-from layerwise.stages.contract import Context, Params, Port, Row, Stage
+from layerwise.stages.contract import Context, Params, Port, Stage
 from layerwise.stages.database import DatabaseIndex
 from layerwise.stages.registry import lookup, names, nearest
-from layerwise.stages.scoring import Pool, Request, evaluator_factory, perplexity, score
+from layerwise.stages.scoring import Request, evaluator_factory, perplexity, score
+from layerwise.stages.search import CandidateSearch
 from layerwise.stages.text import tokenized
 
 Resource = Literal["bits", "effective_bits", "bytes"]
@@ -34,9 +35,6 @@ SEARCH_ONLY = {
     *("survivors_per_selection", "tokens_per_selection"),
 }
 """Parameters that nothing but a search reads."""
-
-ROWS_PER_FILE = 256
-"""Candidates are written in batches: reading a Parquet table costs per file, not per row."""
 
 
 class AllocateParams(Params):
@@ -130,31 +128,26 @@ def allocate(context: Context, params: AllocateParams) -> None:
     tokens = tokenized(context, params.data)
     factory = evaluator_factory(context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens)
     with context.executor.replicas(factory) as pool:
-        journal = _CandidateJournal(context, table, params)
+        metric = "kl" if params.fitness == "kl" else "nll"
+        searches = CandidateSearch(
+            context, table, pool, solver=params.solver, metric=metric, searches=len(params.combinations)
+        )
         found = []
-        for number, (text, (budget, problem)) in enumerate(problems.items()):
-            started = time.perf_counter()
+        for text, (budget, problem) in problems.items():
             try:
-                if params.solver == "evolve":
-                    solution, evaluations, searched = _evolve(
-                        context, params, problem, pool, journal, budget=text, number=number, total_tokens=tokens.total
-                    )
-                else:
-                    solution, evaluations, searched = find_solver(params.solver)(problem), 0, 0
+                solution, effort = _solve(params, problem, searches, text, tokens.total)
             except InfeasibleBudget as error:
                 raise table.in_words(error, budget) from error
             allocation = table.allocation(solution.choice.tolist(), solver=params.solver, budget=budget)
-            effort = {"evaluations": evaluations, "tokens": searched, "seconds": time.perf_counter() - started}
             found.append((allocation, solution, effort))
-        journal.flush()
+        searches.flush()
         genomes = tuple(allocation.genome for allocation, _, _ in found)
         scores = score(pool, Request(genomes, ("kl", "nll")), workers=context.executor.workers, note="allocations")
-    seed = params.seed if params.solver in SEARCHES else None
     rows, allocations = [], []
     for (unmeasured, solution, effort), measured in zip(found, scores, strict=True):
         allocation = replace(unmeasured, kl=measured["kl"]["mean"], perplexity=perplexity(measured["nll"]["mean"]))
         allocations.append(allocation)
-        rows.append(_row(allocation, solution, seed) | effort | {"profile_tokens": profile_tokens})
+        rows.append(_row(allocation, solution) | effort | {"profile_tokens": profile_tokens})
     save_allocations(context.out, allocations)
     context.record("allocations", rows)
 
@@ -185,37 +178,20 @@ def _profiled_losses(
     return losses, document["evaluated_tokens"] if params.loss == "kl" else 0
 
 
-def _evolve(
-    context: Context,
-    params: AllocateParams,
-    problem: Problem,
-    pool: Pool,
-    journal: _CandidateJournal,
-    *,
-    budget: str,
-    number: int,
-    total_tokens: int,
-) -> tuple[Solution, int, int]:
-    """Search one budget; gives the solution, the candidates evaluated and the tokens spent."""
-    search = Evolve(problem, start=_start(params, problem), seed=params.seed, **_settings(params, total_tokens))
-    metric = "kl" if params.fitness == "kl" else "nll"
-    generations = max(1, search.generations)
-    searched = 0
-    while not search.done:
-        ask = search.ask()
-        genomes = tuple(tuple(candidate.tolist()) for candidate in ask.candidates)
-        request = Request(genomes, (metric,), ask.tokens, ask.draw)
-        scores = score(pool, request, workers=context.executor.workers)
-        losses = [measured[metric]["mean"] for measured in scores]
-        search.tell([math.nan if loss is None else loss for loss in losses])
-        searched += sum(measured[metric]["n_tokens"] for measured in scores)
-        journal.add(budget, request, ask.generation, ask.round, scores)
-        done, total = number * generations + ask.generation, len(params.combinations) * generations
-        best = search.best.loss
-        context.progress(
-            done, total, "generations" if best is None else f"generations, {budget}, best {metric} {best:.4g}"
-        )
-    return search.best, search.evaluations, searched
+def _solve(
+    params: AllocateParams, problem: Problem, searches: CandidateSearch, budget: str, total_tokens: int
+) -> tuple[Solution, dict[str, Any]]:
+    """The allocation of one budget, and what finding it took, as columns of `allocations`."""
+    started = time.perf_counter()
+    effort: dict[str, Any] = {"evaluations": 0, "tokens": 0}
+    if params.solver in SEARCHES:
+        search = Evolve(problem, start=_start(params, problem), seed=params.seed, **_settings(params, total_tokens))
+        tokens = searches.run(search, budget)
+        solution = search.best
+        effort = {"seed": params.seed, "evaluations": search.evaluations, "tokens": tokens}
+    else:
+        solution = find_solver(params.solver)(problem)
+    return solution, effort | {"seconds": time.perf_counter() - started}
 
 
 def find_solver(name: str) -> Callable[[Problem], Solution]:
@@ -245,52 +221,11 @@ def _settings(params: AllocateParams, total_tokens: int) -> dict[str, Any]:
     return {name: value for name, value in written.items() if value is not None}
 
 
-class _CandidateJournal:
-    """Turns every scored candidate into a row of the results store, in batches."""
-
-    def __init__(self, context: Context, table: CostTable, params: AllocateParams) -> None:
-        self.context, self.table, self.params = context, table, params
-        self.rows: list[Row] = []
-
-    def add(
-        self, budget: str, request: Request, generation: int, selection: int, scores: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Take in one round of a search."""
-        (metric,) = request.metrics
-        for genome, measured in zip(request.genomes, scores, strict=True):
-            fitness = measured[metric]["mean"]
-            self.rows.append(
-                {
-                    "candidate": self.table.candidate(genome),
-                    "solver": self.params.solver,
-                    "budget": budget,
-                    "generation": generation,
-                    "round": selection,
-                    "draw": request.draw,
-                    "genome": list(genome),
-                    "n_tokens": measured[metric]["n_tokens"],
-                    "metric": metric,
-                    "fitness": fitness,
-                    "status": "nan" if fitness is None else "ok",
-                    **self.table.describe(genome),
-                }
-            )
-        if len(self.rows) >= ROWS_PER_FILE:
-            self.flush()
-
-    def flush(self) -> None:
-        """Make what is there durable."""
-        if self.rows:
-            self.context.record("candidates", self.rows)
-        self.rows = []
-
-
-def _row(allocation: Allocation, solution: Solution, seed: int | None) -> dict[str, Any]:
+def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
     return {
         "candidate": allocation.candidate,
         "solver": allocation.solver,
         "budget": allocation.budget,
-        "seed": seed,
         "genome": list(allocation.genome),
         "units": list(allocation.levels),
         "levels": list(allocation.levels.values()),

@@ -171,6 +171,26 @@ def test_what_cannot_be_is_refused_in_the_users_words(
     assert caught.value.exit_code == 2
 
 
+def test_budgets_that_only_fail_together_are_refused_in_the_users_words(chain: Callable[[str], Any]) -> None:
+    made = chain("gpt2")
+    menu = [{"method": "rtn", "bits": 2, "group_size": 2}, {"method": "rtn", "bits": 4, "group_size": -1}]
+    levels = made.bench.run("compress", {"menu": menu}, statistics=made.stats.out)  # 10 and 4.5 effective bits
+    profile = made.bench.run("profile", {"metrics": ["weight_nmse"]}, database=levels.out)
+    for solver in [*(set(SOLVERS) - {"dp"}), "evolve"]:  # dp takes one budget at a time, and says so
+        params = {
+            "solver": solver,
+            "budgets": {"bits": 3, "effective_bits": 5},
+            "loss": "weight_nmse",
+            "start": "random",
+        }
+        with pytest.raises(
+            InfeasibleBudget, match="no allocation is within bits=3,effective_bits=5: the least "
+        ) as told:
+            made.bench.run("allocate", params, database=levels.out, profile=profile.out)
+        assert told.value.budget == {"bits": 3, "effective_bits": 5}[told.value.resource]
+        assert told.value.budget < told.value.reachable < 11
+
+
 def test_bytes_out_of_reach_are_those_of_the_whole_model(
     chain: Callable[[str], Any], model_folder: Callable[[str], Path]
 ) -> None:
