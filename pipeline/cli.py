@@ -92,7 +92,7 @@ def validate(
     """Check a workflow file without running it."""
     loaded = _load(workflow, param, set_, profile)
     if resolved:
-        from layerwise.pipeline.yaml12 import dump
+        from layerwise.pipeline.workflow.yaml12 import dump
 
         print(dump(loaded.resolved()), end="")
     else:
@@ -106,7 +106,7 @@ def schema(
     """Print the JSON Schema of workflow files, for editors."""
     import json
 
-    from layerwise.pipeline.schema import workflow_schema
+    from layerwise.pipeline.workflow.schema import workflow_schema
 
     print(json.dumps(workflow_schema(stage), indent=2))
 
@@ -120,7 +120,7 @@ def graph(
     format_: Annotated[Literal["text", "mermaid"], typer.Option("--format", help="how to draw it")] = "text",
 ) -> None:
     """Draw the stages of a workflow and what flows between them."""
-    from layerwise.pipeline.graph import build_graph, draw_mermaid, draw_text
+    from layerwise.pipeline.workflow.graph import build_graph, draw_mermaid, draw_text
 
     drawn = build_graph(_load(workflow, param, set_, profile))
     print(draw_text(drawn) if format_ == "text" else draw_mermaid(drawn))

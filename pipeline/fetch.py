@@ -12,8 +12,8 @@ from pathlib import Path
 
 from layerwise.errors import DataError, UnsupportedModel, UsageError
 from layerwise.pipeline.artifacts import FileDigests, digest_of
-from layerwise.pipeline.sources import Model, Text
 from layerwise.pipeline.workflow import Workflow
+from layerwise.pipeline.workflow.sources import Model, Text
 from layerwise.results.durable import replace_file
 from layerwise.stages.contract import ModelSource, TextSource
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerwise.pipeline.workflow import Node, Workflow
+from layerwise.pipeline.workflow.load import Node, Workflow
 
 
 @dataclass(frozen=True)

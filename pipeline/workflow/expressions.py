@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from layerwise.pipeline.report import Report, describe, suggest
-from layerwise.pipeline.yaml12 import KeyPath, Tree
+from layerwise.pipeline.workflow.report import Report, describe, suggest
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Tree
 
 _MARK = "${{"
 _EXPRESSION = re.compile(r"\$\{\{(.*?)\}\}", re.DOTALL)

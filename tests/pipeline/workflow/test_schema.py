@@ -10,8 +10,8 @@ import pytest
 from jsonschema import Draft7Validator
 
 from layerwise.errors import UsageError
-from layerwise.pipeline.schema import workflow_schema
-from layerwise.pipeline.yaml12 import load_text
+from layerwise.pipeline.workflow.schema import workflow_schema
+from layerwise.pipeline.workflow.yaml12 import load_text
 
 GOOD = """\
 version: 1
@@ -117,5 +117,5 @@ def test_the_stages_of_layerwise_have_a_schema() -> None:
 
 
 def test_the_committed_schema_is_that_of_the_models() -> None:
-    committed = Path(__file__).parents[2] / "workflows" / "schema.json"
+    committed = Path(__file__).parents[3] / "workflows" / "schema.json"
     assert json.loads(committed.read_text()) == workflow_schema(), "run `layerwise schema > workflows/schema.json`"

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from layerwise.pipeline.expressions import Names, Unknown, aligned_stage, resolve, unresolved
-from layerwise.pipeline.report import Report, describe, suggest
-from layerwise.pipeline.yaml12 import KeyPath, Tree
+from layerwise.pipeline.workflow.expressions import Names, Unknown, aligned_stage, resolve, unresolved
+from layerwise.pipeline.workflow.report import Report, describe, suggest
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Tree
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from layerwise.pipeline.report import Report, suggest
-from layerwise.pipeline.yaml12 import KeyPath, Place
+from layerwise.pipeline.workflow.report import Report, suggest
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Place
 from layerwise.stages.contract import Port, Stage
 
 Inputs = Mapping[str, tuple[str, ...]]

@@ -11,9 +11,9 @@ import pytest
 
 from layerwise.errors import UsageError, WorkflowError
 from layerwise.pipeline.executors import Resources
-from layerwise.pipeline.graph import build_graph
 from layerwise.pipeline.workflow import load_workflow
-from layerwise.pipeline.yaml12 import Place, dump
+from layerwise.pipeline.workflow.graph import build_graph
+from layerwise.pipeline.workflow.yaml12 import Place, dump
 
 FULL = """
     params: {budgets: [2.5, 3.0], seed: 7}
@@ -209,7 +209,7 @@ def test_stages_may_be_found_by_a_function(desk: Any) -> None:
 
 def test_loading_imports_nothing_heavy() -> None:
     code = (
-        "import sys, layerwise.pipeline.workflow, layerwise.pipeline.graph, layerwise.pipeline.schema\n"
+        "import sys, layerwise.pipeline.workflow.graph, layerwise.pipeline.workflow.schema\n"
         "print(*sorted({'torch', 'ray', 'pandas', 'pyarrow', 'numpy', 'scipy', 'transformers'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import UsageError, WorkflowError
-from layerwise.pipeline.expressions import unresolved
-from layerwise.pipeline.fileformat import STAGE_KEYS, TOP_KEYS
-from layerwise.pipeline.report import Report, describe, nearest, suggest
-from layerwise.pipeline.yaml12 import KeyPath, Place, Tree, dotted, load_file, load_value, plant
+from layerwise.pipeline.workflow.expressions import unresolved
+from layerwise.pipeline.workflow.fileformat import STAGE_KEYS, TOP_KEYS
+from layerwise.pipeline.workflow.report import Report, describe, nearest, suggest
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree, dotted, load_file, load_value, plant
 
 _NOT_FOR_SETTING = ("version", "extends", "profiles")
 

@@ -16,8 +16,8 @@ from pydantic_core import core_schema
 
 from layerwise import stages as registry
 from layerwise.errors import UsageError
-from layerwise.pipeline.entries import Catalogue, FindStage
-from layerwise.pipeline.fileformat import STAGE_KEYS, StageEntry, WorkflowFile
+from layerwise.pipeline.workflow.entries import Catalogue, FindStage
+from layerwise.pipeline.workflow.fileformat import STAGE_KEYS, StageEntry, WorkflowFile
 from layerwise.stages.contract import Params
 
 Schema = dict[str, Any]

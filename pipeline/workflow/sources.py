@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerwise.pipeline.expressions import unresolved
-from layerwise.pipeline.fileformat import DatasetEntry, ModelEntry, TextEntry
-from layerwise.pipeline.mistakes import validate
-from layerwise.pipeline.report import Report
-from layerwise.pipeline.yaml12 import KeyPath, Place, Tree
+from layerwise.pipeline.workflow.expressions import unresolved
+from layerwise.pipeline.workflow.fileformat import DatasetEntry, ModelEntry, TextEntry
+from layerwise.pipeline.workflow.mistakes import validate
+from layerwise.pipeline.workflow.report import Report
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.pipeline.binding import Reference, Wiring, bind, run_order
-from layerwise.pipeline.report import Report
-from layerwise.pipeline.yaml12 import Place
+from layerwise.pipeline.workflow.binding import Reference, Wiring, bind, run_order
+from layerwise.pipeline.workflow.report import Report
+from layerwise.pipeline.workflow.yaml12 import Place
 from layerwise.stages.contract import Params, Port, Stage
 
 BODY = """\

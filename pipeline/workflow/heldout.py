@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.pipeline.entries import Draft
-from layerwise.pipeline.report import Report, suggest
-from layerwise.pipeline.sources import Text
-from layerwise.pipeline.yaml12 import KeyPath, Place
+from layerwise.pipeline.workflow.entries import Draft
+from layerwise.pipeline.workflow.report import Report, suggest
+from layerwise.pipeline.workflow.sources import Text
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Place
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.errors import UsageError, WorkflowError
-from layerwise.pipeline.yaml12 import Place, dump, load_file, load_text, load_value
+from layerwise.pipeline.workflow.yaml12 import Place, dump, load_file, load_text, load_value
 
 
 def plain(text: str) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerwise.pipeline.graph import Graph, build_graph, draw_mermaid, draw_text
+from layerwise.pipeline.workflow.graph import Graph, build_graph, draw_mermaid, draw_text
 
 BODY = """\
 stages:

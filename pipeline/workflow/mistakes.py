@@ -20,9 +20,9 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from layerwise.errors import LayerwiseError
-from layerwise.pipeline.expressions import unresolved
-from layerwise.pipeline.report import Report, describe, nearest, nearest_name, suggest
-from layerwise.pipeline.yaml12 import KeyPath, Place, Tree
+from layerwise.pipeline.workflow.expressions import unresolved
+from layerwise.pipeline.workflow.report import Report, describe, nearest, nearest_name, suggest
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -16,17 +16,17 @@ from typing import Any
 
 from layerwise import stages as registry
 from layerwise.errors import WorkflowError
-from layerwise.pipeline.binding import Inputs, bind, run_order
-from layerwise.pipeline.entries import Catalogue, Draft, FindStage, read_resources, read_stages
 from layerwise.pipeline.executors import Resources
-from layerwise.pipeline.expressions import resolve
-from layerwise.pipeline.fileformat import VERSION, WorkflowFile
-from layerwise.pipeline.heldout import check_texts
-from layerwise.pipeline.layers import apply_params, apply_profile, apply_sets, read_files
-from layerwise.pipeline.mistakes import validate
-from layerwise.pipeline.report import Report, describe
-from layerwise.pipeline.sources import Model, Text, read_model, read_texts
-from layerwise.pipeline.yaml12 import Place, Tree
+from layerwise.pipeline.workflow.binding import Inputs, bind, run_order
+from layerwise.pipeline.workflow.entries import Catalogue, Draft, FindStage, read_resources, read_stages
+from layerwise.pipeline.workflow.expressions import resolve
+from layerwise.pipeline.workflow.fileformat import VERSION, WorkflowFile
+from layerwise.pipeline.workflow.heldout import check_texts
+from layerwise.pipeline.workflow.layers import apply_params, apply_profile, apply_sets, read_files
+from layerwise.pipeline.workflow.mistakes import validate
+from layerwise.pipeline.workflow.report import Report, describe
+from layerwise.pipeline.workflow.sources import Model, Text, read_model, read_texts
+from layerwise.pipeline.workflow.yaml12 import Place, Tree
 from layerwise.stages.contract import Params, Stage
 
 

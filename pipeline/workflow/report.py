@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from layerwise.errors import Problem
-from layerwise.pipeline.yaml12 import KeyPath, Place, dotted
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, dotted
 
 
 class Report:

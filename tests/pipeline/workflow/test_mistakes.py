@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from layerwise.pipeline.mistakes import validate
-from layerwise.pipeline.report import Report
-from layerwise.pipeline.yaml12 import load_text
+from layerwise.pipeline.workflow.mistakes import validate
+from layerwise.pipeline.workflow.report import Report
+from layerwise.pipeline.workflow.yaml12 import load_text
 
 
 def said(model: Any, text: str) -> list[str]:

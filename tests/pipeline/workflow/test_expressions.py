@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.pipeline.expressions import Unknown, aligned_stage, resolve, unresolved
-from layerwise.pipeline.report import Report
-from layerwise.pipeline.yaml12 import Place, Tree, load_text, plant
+from layerwise.pipeline.workflow.expressions import Unknown, aligned_stage, resolve, unresolved
+from layerwise.pipeline.workflow.report import Report
+from layerwise.pipeline.workflow.yaml12 import Place, Tree, load_text, plant
 
 HERE = Place("f", 1, 1)
 PARAMS = {"bits": 3, "rate": 0.5, "on": True, "name": "ilp", "list": [1, {"a": "b"}], "empty": {}, "null": None}

@@ -11,15 +11,15 @@ from typing import TypeAlias
 
 from layerwise import stages as registry
 from layerwise.errors import UsageError
-from layerwise.pipeline.binding import Reference, Wiring
 from layerwise.pipeline.executors import Resources
-from layerwise.pipeline.expressions import Names, aligned_stage, resolve, unresolved
-from layerwise.pipeline.fileformat import ResourcesEntry, StageEntry
-from layerwise.pipeline.foreach import Item, Items
-from layerwise.pipeline.layers import merge
-from layerwise.pipeline.mistakes import validate
-from layerwise.pipeline.report import Report, suggest
-from layerwise.pipeline.yaml12 import KeyPath, Tree
+from layerwise.pipeline.workflow.binding import Reference, Wiring
+from layerwise.pipeline.workflow.expressions import Names, aligned_stage, resolve, unresolved
+from layerwise.pipeline.workflow.fileformat import ResourcesEntry, StageEntry
+from layerwise.pipeline.workflow.foreach import Item, Items
+from layerwise.pipeline.workflow.layers import merge
+from layerwise.pipeline.workflow.mistakes import validate
+from layerwise.pipeline.workflow.report import Report, suggest
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Tree
 from layerwise.stages.contract import Params, Stage
 
 FindStage: TypeAlias = Callable[[str], Stage] | Mapping[str, Stage]

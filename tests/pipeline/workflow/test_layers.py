@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.errors import WorkflowError
-from layerwise.pipeline.layers import merge
 from layerwise.pipeline.workflow import load_workflow
-from layerwise.pipeline.yaml12 import Place, plant
+from layerwise.pipeline.workflow.layers import merge
+from layerwise.pipeline.workflow.yaml12 import Place, plant
 
 BODY = """
     params: {solver: ilp, seed: 1, rate: 0.5, on: true, budgets: [3.0], extra: {a: 1}, free: null}
