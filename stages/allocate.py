@@ -22,6 +22,7 @@ from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Evolve, Problem, Solut
 from layerwise.stages.allocation import RESOURCES, Allocation, CostTable, budget_text, save_allocations
 from layerwise.stages.contract import Context, Params, Port, Stage
 from layerwise.stages.database import DatabaseIndex
+from layerwise.stages.quantities import Count
 from layerwise.stages.registry import lookup, names, nearest
 from layerwise.stages.scoring import Request, evaluator_factory, perplexity, score
 from layerwise.stages.search import CandidateSearch
@@ -52,16 +53,16 @@ class AllocateParams(Params):
     )
     data: str = Field("calibration", description="the text to search on, by its name in the workflow's data section")
     seed: int = Field(0, ge=0, description="of a search")
-    batch_tokens: int = Field(2048, ge=1, description="tokens that run at a time")
+    batch_tokens: Count = Field(2048, description="tokens that run at a time")
     start: Literal["ilp", "uniform", "random"] = Field("ilp", description="evolve: where the search starts")
     fitness: Literal["kl", "perplexity"] = Field("kl", description="evolve: what is minimised")
     preset: str | None = Field(None, description=f"evolve: published settings: {', '.join(PRESETS)}")
     generations: int | None = Field(None, ge=0, description="evolve: overrides the preset")
     offspring: int | None = Field(None, ge=1, description="evolve: candidates per generation")
     survivors_per_selection: list[int] | None = Field(None, min_length=1, description="evolve: left after each round")
-    tokens_per_selection: list[int] | None = Field(None, min_length=1, description="evolve: tokens of each round")
+    tokens_per_selection: list[Count] | None = Field(None, min_length=1, description="evolve: tokens of each round")
     patience: int | None = Field(None, ge=1, description="evolve: stop after so many generations without progress")
-    max_tokens: int | None = Field(None, ge=1, description="evolve: stop after so many evaluated tokens")
+    max_tokens: Count | None = Field(None, description="evolve: stop after so many evaluated tokens")
 
     @field_validator("solver")
     @classmethod
@@ -170,6 +171,8 @@ def _profiled_losses(
             "the profile is that of another database", hint="profile the `compress` stage that is used here"
         )
     if params.loss not in document["metrics"]:
+        if not needed:
+            return None, 0
         raise UsageError(
             f"the profile has no {params.loss}, only {', '.join(document['metrics'])}",
             hint=f"add {params.loss} to the profile's metrics, or choose another loss",

@@ -17,6 +17,7 @@ from layerwise.stages.allocation import check_database, load_allocations
 from layerwise.stages.applied import AppliedModel, AppliedModels
 from layerwise.stages.contract import Context, Params, Port, Row, Stage
 from layerwise.stages.database import DatabaseIndex
+from layerwise.stages.quantities import Count
 from layerwise.stages.scoring import DENSE, Genome, Measurement, Request, Score, evaluator_factory, perplexity, score
 from layerwise.stages.text import Tokens, tokenized
 
@@ -34,7 +35,7 @@ class EvaluateParams(Params):
         "positions where both predict the same token",
     )
     data: str = Field("heldout", description="the text, by its name in the workflow's data section")
-    batch_tokens: int = Field(2048, ge=1, description="tokens that run at a time")
+    batch_tokens: Count = Field(2048, description="tokens that run at a time")
 
 
 def evaluate(context: Context, params: EvaluateParams) -> None:

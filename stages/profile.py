@@ -14,6 +14,7 @@ from pydantic import Field
 
 from layerwise.stages.contract import Context, Params, Port, Row, Stage
 from layerwise.stages.database import DatabaseIndex
+from layerwise.stages.quantities import Count
 from layerwise.stages.scoring import DENSE, Measurement, Request, evaluator_factory
 from layerwise.stages.text import tokenized
 
@@ -30,8 +31,8 @@ class ProfileParams(Params):
         "kl: KL(dense || model with this one unit changed), nats per token",
     )
     data: str = Field("calibration", description="the text for kl, by its name in the workflow's data section")
-    tokens: int | None = Field(None, ge=1, description="tokens of it to use; all if left out")
-    batch_tokens: int = Field(2048, ge=1, description="tokens that run at a time")
+    tokens: Count | None = Field(None, description="tokens of it to use; all if left out")
+    batch_tokens: Count = Field(2048, description="tokens that run at a time")
 
 
 def profile(context: Context, params: ProfileParams) -> None:

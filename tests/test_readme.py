@@ -29,4 +29,4 @@ def test_the_workflow_is_without_mistakes(tmp_path: Path) -> None:
     (tmp_path / "flow.yaml").write_text(workflow, encoding="utf-8")
     for text in ("my_calibration.txt", "my_heldout.txt"):
         (tmp_path / text).write_text("some text", encoding="utf-8")
-    assert [node.stage.name for node in load_workflow(tmp_path / "flow.yaml").nodes][0] == "calibrate"
+    assert len(load_workflow(tmp_path / "flow.yaml").nodes) == len(re.findall("uses:", workflow))
