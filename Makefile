@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 setup: $(INSTALLED)
 
-# torch first and by itself: constraints.txt pins the CPU-friendly version, and the rest is content with it.
+# torch first and by itself, so that the pinned version is there before anything else could ask for another one.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch

@@ -4,8 +4,8 @@
 
 Runs `main_job.yaml`, so every candidate is in the results store and an interrupted benchmark goes on where it was. The
 search text and the held-out text are different files. Standard errors are over held-out sequences; two solvers are
-compared in pairs, sequence by sequence, because their sequences are the same. A difference below twice its standard
-error is called a tie.
+compared in pairs, sequence by sequence, because their sequences are the same. A difference below its standard error
+is called a tie.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from layerwise.pipeline.run import Run
 from layerwise.pipeline.workflow import Workflow, load_workflow
 from layerwise.results.runs import latest_stages
 from layerwise.results.store import Store
+from layerwise.stages.compress import find_compressor
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
@@ -37,6 +38,7 @@ OVERRIDES: dict[str, list[str]] = {
         f"data.heldout.text={SHARED / 'data/tinystories_heldout.txt'}",
     ],
 }
+PROFILED = ("greedy", "ilp", "dp", "evolve-ilp")
 FAMILIES = ("uniform", "greedy", "ilp", "dp", "evolve-uniform", "evolve-ilp")
 
 
@@ -105,10 +107,12 @@ def report(model: str, store: Store, run: str, workflow: Workflow) -> str:
 
 def _header(workflow: Workflow) -> list[str]:
     search, heldout = workflow.data["calibration"], workflow.data["heldout"]
+    (menu,) = (node.resolved()["with"]["menu"] for node in workflow.nodes if node.id == "levels")
+    levels = [name for entry in menu for name in find_compressor(entry["method"]).params(**entry).level_names()]
     return [
         *header("main_job.py", ["layerwise", "torch", "transformers", "ray", "pulp", "highspy"]),
         f"- searched on {search.tokens} tokens, held out {heldout.tokens}, sequences of {search.sequence_length}",
-        "- levels: GPTQ, 2, 3, 4, 5, 6 and 8 bits, group size 32, symmetric; budgets in average bits per weight",
+        f"- levels: {', '.join(levels)}; budgets in average bits per weight",
     ]
 
 
@@ -156,7 +160,7 @@ def _pairs_table(found: Searches, budgets: Sequence[str]) -> list[str]:
         seeds = [row["sequences"] for row in _of(found[family], budget)]
         differences = [fmean(values) - base for values, base in zip(zip(*seeds, strict=True), ilp, strict=True)]
         mean, stderr = fmean(differences), stdev(differences) / len(differences) ** 0.5
-        verdict = "tie" if abs(mean) <= 2 * stderr else "better" if mean < 0 else "worse"
+        verdict = "tie" if abs(mean) <= stderr else "better" if mean < 0 else "worse"
         return f"{mean:+.4f} ± {stderr:.4f} {verdict}"
 
     others = [family for family in FAMILIES if family != "ilp"]
@@ -167,7 +171,7 @@ def _effort_table(found: Searches, budgets: Sequence[str]) -> list[str]:
     def cells(family: str) -> Iterator[str]:
         rows = found[family]
         yield family
-        yield f"{rows[0]['profile_tokens'] / 1e6:.2f} M" if family != "uniform" else "none"
+        yield f"{rows[0]['profile_tokens'] / 1e6:.2f} M" if family in PROFILED else "none"
         yield f"{fmean(row['tokens'] for row in rows) / 1e6:.2f} M"
         yield f"{fmean(row['evaluations'] for row in rows):.0f}"
         yield f"{fmean(row['seconds'] for row in rows):.1f}"

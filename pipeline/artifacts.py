@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ class ArtifactStore:
         """Move a damaged artifact out of the way; says where to."""
         target = self.root / "quarantine" / f"{key}-{secrets.token_hex(4)}"
         make_folder(target.parent)
-        self.folder(key).rename(target)
+        with suppress(FileNotFoundError):  # somebody else was faster
+            self.folder(key).rename(target)
         return target
 
     @contextmanager

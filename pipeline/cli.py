@@ -66,6 +66,7 @@ def run(
     from layerwise.pipeline.display import open_display
     from layerwise.pipeline.run import Run
 
+    _check_executor(executor)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         prepared = Run(_load(workflow, param, set_, profile), results, open_display())
@@ -171,9 +172,17 @@ def show(
     format_: FormatOption = "table",
 ) -> None:
     """Print one allocation: the level of every unit."""
+    from layerwise.results.format import format_table
     from layerwise.results.runs import show_allocation
 
     details = show_allocation(_open(results), allocation)
+    if format_ == "json":
+        import json
+
+        tables = {"units": details.units, "metrics": details.metrics}
+        records = {name: json.loads(format_table(table, "json")) for name, table in tables.items()}
+        print(json.dumps({"allocation": details.summary, **records}, default=str))
+        return
     if format_ in TO_READ:
         from layerwise.results.format import format_value
 
@@ -221,6 +230,16 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 def _again() -> str:
     return shlex.join(["layerwise", *sys.argv[1:]])
+
+
+def _check_executor(name: str) -> None:
+    """Refuse an unknown one at once, not when the first stage needs it."""
+    from layerwise.errors import UsageError
+    from layerwise.pipeline.executors import executor_names
+    from layerwise.stages.registry import nearest
+
+    if name not in executor_names():
+        raise UsageError(f"unknown executor '{name}' ({nearest(name, executor_names())})")
 
 
 def _load(path: Path, param: list[str] | None, sets: list[str] | None, profile: str | None) -> Workflow:

@@ -10,24 +10,22 @@ This process is the only writer of tables. It loads neither torch nor Ray unless
 
 from __future__ import annotations
 
-import json
 import re
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from layerwise import __version__
 from layerwise.errors import CorruptArtifact, LayerwiseError
+from layerwise.pipeline.account import Account
 from layerwise.pipeline.artifacts import Artifact, ArtifactStore, digest_of, locked
 from layerwise.pipeline.display import Display
-from layerwise.pipeline.executors import RawExecutor, Resources, open_executor
+from layerwise.pipeline.executors import RawExecutor, open_executor
 from layerwise.pipeline.executors.journal import JournaledExecutor
+from layerwise.pipeline.executors.raw import process_peak_rss_bytes
 from layerwise.pipeline.fetch import Fetched, fetch
 from layerwise.pipeline.workflow import Node, Workflow
 from layerwise.results.durable import disk_full_named, make_folder, publish_file
@@ -75,8 +73,6 @@ class Run:
         self.resolved = workflow.resolved()
         self.id = self._id()
         self.folder = root / "runs" / self.id
-        self.attempt = 0
-        self._seqs: dict[str, int] = {}
 
     def _id(self) -> str:
         """The workflow's name and eight digits of what it is: stages, parameters, the digests of model and texts."""
@@ -105,8 +101,11 @@ class Run:
             return plan
         plan.material = self._material(node, plans)
         plan.key = digest_of(plan.material)
-        plan.artifact = self._find(plan.key)
-        plan.reason = "" if plan.artifact else self._explain(node, plan)
+        try:
+            plan.artifact = self.artifacts.find(plan.key)
+            plan.reason = "" if plan.artifact else self._explain(node, plan)
+        except CorruptArtifact:
+            plan.reason = "damaged"  # and moved away by whoever makes it again
         return plan
 
     def _material(self, node: Node, plans: Mapping[str, StagePlan]) -> dict[str, Any]:
@@ -120,7 +119,7 @@ class Run:
             "model": self.sources.model_digest,
             "data": {name: self.sources.data_digests[text] for name, text in texts.items()},
             "device": "cpu",
-            "threads": max(1, int(node.resources.cpus)),
+            "threads": node.resources.threads,
         }
 
     def _find(self, key: str) -> Artifact | None:
@@ -158,62 +157,67 @@ class Run:
             LayerwiseError: a stage stopped; what was finished is kept.
         """
         with locked(self.folder / "lock", lambda pid: self.display.note(f"waiting: process {pid} runs {self.id}")):
-            started = time.monotonic()
-            self.attempt = self._new_attempt()
-            self._record_run("running", executor, argv)
-            self.display.begin(self.id, [node.id for node in self.workflow.nodes])
-            try:
-                with _lazily_opened(executor) as opened:
-                    self._execute_stages(opened)
-            except BaseException as error:
-                status = "failed" if isinstance(error, Exception) else "stopped"
-                with suppress(LayerwiseError, OSError):  # the disk may be full; the error itself matters more
-                    self._record_run(status, executor, argv, time.monotonic() - started, error)
-                raise
-            finally:
-                self.display.end()
-            self._record_run("ok", executor, argv, time.monotonic() - started)
+            account = Account(
+                self.store,
+                run=self.id,
+                attempt=self._new_attempt(),
+                name=self.workflow.name,
+                resolved=self.resolved,
+                executor=executor,
+                argv=argv,
+            )
+            with account.open(), self._displayed(), _lazily_opened(executor) as opened:
+                self._execute_stages(account, opened)
 
-    def _execute_stages(self, opened: Callable[[], RawExecutor]) -> None:
+    @contextmanager
+    def _displayed(self) -> Iterator[None]:
+        self.display.begin(self.id, [node.id for node in self.workflow.nodes])
+        try:
+            yield
+        finally:
+            self.display.end()
+
+    def _execute_stages(self, account: Account, opened: Callable[[], RawExecutor]) -> None:
         plans: dict[str, StagePlan] = {}
         for node in self.workflow.nodes:
             plan = plans[node.id] = self._plan_stage(node, plans)
             if plan.artifact is None:
-                plan.artifact = self._make(plan, opened)
+                plan.artifact = self._make(plan, account, opened)
             else:
                 self.artifacts.discard_work(plan.artifact.key)
-                self.display.cached(node.id)
-                self._record_stage(plan, cache="hit", seconds=0.0)
+                self._hit(plan, plan.artifact, account)
             self._link(node.id, plan.artifact)
         self.artifacts.digests.save()  # what was found is hashed once, and not again by every cached run
 
-    def _make(self, plan: StagePlan, opened: Callable[[], RawExecutor]) -> Artifact:
+    def _hit(self, plan: StagePlan, artifact: Artifact, account: Account) -> None:
+        self.display.cached(plan.node.id)
+        row = {"uses": plan.node.stage.name, "cache": "hit", "seconds": 0.0, "output_digest": artifact.digest}
+        account.stage(plan.node.id, plan.key, row)
+
+    def _make(self, plan: StagePlan, account: Account, opened: Callable[[], RawExecutor]) -> Artifact:
         node, key = plan.node, plan.key
         assert key is not None, "every input is there by now"
         with self.artifacts.claim(key, lambda pid: self.display.note(f"waiting: process {pid} makes stage {node.id}")):
             found = self._find(key)
             if found is not None:
-                self.display.cached(node.id)
-                self._record_stage(plan, cache="hit", seconds=0.0, artifact=found)
+                self._hit(plan, found, account)
                 return found
             self.display.start(node.id, node.stage.name, plan.reason)
             started = time.monotonic()
+            row: dict[str, Any] = {"uses": node.stage.name, "reason": plan.reason}
             try:
-                artifact, counts = self._work(plan, key, opened())
-            except LayerwiseError as error:
-                self._record_failure(plan, time.monotonic() - started, error)
-                error.message = f"stage {node.id}: {error.message}"
-                raise
+                artifact, counts = self._work(plan, key, account, opened())
             except BaseException as error:
-                self._record_failure(plan, time.monotonic() - started, error)
+                if isinstance(error, LayerwiseError):
+                    error.message = f"stage {node.id}: {error.message}"
+                account.failure(node.id, key, {**row, "cache": "miss", "seconds": time.monotonic() - started}, error)
                 raise
-            cache = "partial" if counts["items_cached"] else "miss"
-            seconds = time.monotonic() - started
-            self._record_stage(plan, cache=cache, seconds=seconds, artifact=artifact, counts=counts)
-            self.display.finish(node.id, seconds, counts["items_cached"], counts["items_total"])
+            row |= counts | {"seconds": time.monotonic() - started, "output_digest": artifact.digest}
+            account.stage(node.id, key, {**row, "cache": "partial" if counts["items_cached"] else "miss"})
+            self.display.finish(node.id, row["seconds"], counts["items_cached"], counts["items_total"])
             return artifact
 
-    def _work(self, plan: StagePlan, key: str, raw: RawExecutor) -> tuple[Artifact, dict[str, int]]:
+    def _work(self, plan: StagePlan, key: str, account: Account, raw: RawExecutor) -> tuple[Artifact, dict[str, int]]:
         node = plan.node
         work = self.artifacts.work(key)
         out, items = work / "out", work / "items"
@@ -221,9 +225,8 @@ class Run:
             shutil.rmtree(out)  # of an attempt that was killed; its finished items stand under `items`
         for folder in (out, items):
             make_folder(folder)
-        resources = Resources(node.resources.cpus, node.resources.gpus, node.resources.memory_bytes)
         executor = JournaledExecutor(
-            raw.sized(resources),
+            raw.sized(node.resources),
             work / "journal",
             tmp=self.artifacts.tmp,
             progress=lambda done, total, note: self.display.progress(node.id, done, total, note),
@@ -234,7 +237,7 @@ class Run:
             first = seqs.get(table, 0)
             seqs[table] = first + len(rows)
             self.store.append(
-                table, rows, run_id=self.id, stage=node.id, stage_key=key, attempt=self.attempt, first_seq=first
+                table, rows, run_id=self.id, stage=node.id, stage_key=key, attempt=account.attempt, first_seq=first
             )
 
         context = Context(
@@ -253,7 +256,7 @@ class Run:
             node.stage.run(context, node.params)
             artifact = self.artifacts.publish(key, out, plan.material)
         self.artifacts.discard_work(key)
-        peak = max(executor.peak_rss_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peak = max(executor.peak_rss_bytes, process_peak_rss_bytes())
         return artifact, {
             "items_total": executor.items_total,
             "items_cached": executor.items_cached,
@@ -272,72 +275,11 @@ class Run:
             link.unlink(missing_ok=True)
             link.symlink_to(target)
 
-    # --- the account ---
-
     def _new_attempt(self) -> int:
         """How many times this run has been started, this time included."""
         number = len(list((self.folder / "attempts").glob("*.json"))) + 1
         publish_file(self.folder / "attempts" / f"{number:04}.json", b"{}\n", self.artifacts.tmp)
         return number
-
-    def _record_run(
-        self,
-        status: str,
-        executor: str,
-        argv: Sequence[str],
-        seconds: float | None = None,
-        error: BaseException | None = None,
-    ) -> None:
-        now = datetime.now(UTC)
-        self._append(
-            "runs",
-            {
-                "name": self.workflow.name,
-                "status": status,
-                "workflow_sha256": digest_of(self.resolved),
-                "resolved": json.dumps(self.resolved),
-                "layerwise_version": __version__,
-                "argv": list(argv),
-                "executor": executor,
-                "started_at": now if seconds is None else None,
-                "ended_at": None if seconds is None else now,
-                "seconds": seconds,
-                **_described(error),
-            },
-        )
-
-    def _record_stage(
-        self,
-        plan: StagePlan,
-        *,
-        cache: str,
-        seconds: float,
-        artifact: Artifact | None = None,
-        counts: Mapping[str, int] | None = None,
-    ) -> None:
-        made = artifact or plan.artifact
-        assert made is not None
-        row = {"cache": cache, "reason": plan.reason, "status": "ok", "seconds": seconds, "output_digest": made.digest}
-        self._append("stages", {"uses": plan.node.stage.name, **row, **(counts or {})}, plan)
-
-    def _record_failure(self, plan: StagePlan, seconds: float, error: BaseException) -> None:
-        status = "failed" if isinstance(error, Exception) else "stopped"
-        row = {"cache": "miss", "reason": plan.reason, "status": status, "seconds": seconds, **_described(error)}
-        with suppress(LayerwiseError, OSError):  # the disk may be full; the error itself matters more
-            self._append("stages", {"uses": plan.node.stage.name, **row}, plan)
-
-    def _append(self, table: str, row: Row, plan: StagePlan | None = None) -> None:
-        seq = self._seqs.get(table, 0)
-        self._seqs[table] = seq + 1
-        self.store.append(
-            table,
-            [row],
-            run_id=self.id,
-            stage=plan.node.id if plan else None,
-            stage_key=plan.key if plan else None,
-            attempt=self.attempt,
-            first_seq=seq,
-        )
 
 
 @contextmanager
@@ -360,10 +302,6 @@ def _lazily_opened(name: str) -> Iterator[Callable[[], RawExecutor]]:
 def _digest(plan: StagePlan) -> str:
     assert plan.artifact is not None
     return plan.artifact.digest
-
-
-def _described(error: BaseException | None) -> dict[str, str]:
-    return {} if error is None else {"error_type": type(error).__name__, "error": str(error)[:2000]}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -100,6 +100,13 @@ def make_folder(path: Path) -> None:
         sync_folder(path.parent)
 
 
+def settle_file(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, durably, replacing what was there: for files that somebody else has written."""
+    _sync(temporary)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's list of names to the device: only then does a new name survive a power cut."""
     _sync(path, os.O_DIRECTORY)

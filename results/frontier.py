@@ -132,7 +132,7 @@ def frontier_table(
         over: the cost on one axis.
         loss: the loss on the other. By default `heldout_kl` if every allocation has it, else `kl`, for a front must not
             mix two measures. Asked for by name, allocations without it are off the front; if none has it, `kl` is used.
-        stage: only allocations of this stage of the run.
+        stage: only allocations of this stage of the run; of all its instances, if it has `foreach`.
         solver: only allocations by this solver.
         data: held-out text by name; by default the one that most was measured on.
         dominated: also give the allocations that are not on the front.
@@ -146,9 +146,9 @@ def frontier_table(
 
     run = find_run(store, run)
     stages = latest_stages(store, run)
-    if stage is not None and stage not in stages:
+    names = {row["stage_key"]: name for name, row in stages.items() if stage in (None, name, name.split("@")[0])}
+    if not names and stage is not None:
         raise UsageError(f"run {run} has no stage {stage!r}", hint=f"it has {', '.join(stages)}")
-    names = {row["stage_key"]: name for name, row in stages.items() if stage in (None, name)}
     heldout = _Heldout(store, stages, data)
     records = [
         {
@@ -193,7 +193,12 @@ def _ranked_by(frame: pd.DataFrame, loss: Loss | None) -> Loss:
     if loss is None:
         comparable = frame.loc[frame["kl"].notna(), "heldout_kl"]
         return "heldout_kl" if len(comparable) and comparable.notna().all() else "kl"
-    return loss if frame[loss].notna().any() else "kl"
+    if len(frame) and frame[loss].isna().all():
+        raise UsageError(
+            f"no allocation of this run has {loss}",
+            hint="add an `evaluate` stage to the workflow, or say --loss kl",
+        )
+    return loss
 
 
 class _Heldout:

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -90,7 +90,14 @@ class AllocateParams(Params):
 
     def material(self) -> dict[str, Any]:
         """Without what only a search reads, where there is none: another seed does not change an ILP."""
-        return self.model_dump(mode="json", exclude=None if self.solver in SEARCHES else SEARCH_ONLY)
+        if self.solver not in SEARCHES:
+            return self.model_dump(mode="json", exclude=SEARCH_ONLY)
+        return self.model_dump(mode="json") | {"preset": None if self.preset is None else asdict(PRESETS[self.preset])}
+
+    @property
+    def needs_losses(self) -> bool:
+        """True if it cannot do without a profile."""
+        return self.start == "ilp" if self.solver in SEARCHES else self.solver != "uniform"
 
     @property
     def combinations(self) -> list[dict[str, float]]:
@@ -99,7 +106,31 @@ class AllocateParams(Params):
         return [dict(zip(self.budgets, amounts, strict=True)) for amounts in itertools.product(*lists)]
 
 
-def out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str, ...], str]]:
+Mistakes = Iterator[tuple[tuple[str, ...], str]]
+"""(path below `with`, text), as `contract.Check` gives them."""
+
+
+def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mistakes:
+    """What can be seen to be wrong before anything runs."""
+    profiles = feeding.get("profile", ())
+    if params.needs_losses and not profiles:
+        yield ("solver",), f"{params.solver} needs a profile: add a `profile` stage to needs{_or_another_start(params)}"
+    for profile in profiles:
+        if params.needs_losses and params.loss not in profile.metrics:
+            yield ("loss",), f"the profile does not measure {params.loss}, only {', '.join(profile.metrics)}"
+    if params.solver == "dp" and len(params.budgets) > 1:
+        yield ("budgets",), "dp takes one budget; ilp takes several"
+    survivors, tokens = params.survivors_per_selection, params.tokens_per_selection
+    if survivors and tokens and len(survivors) != len(tokens):
+        yield ("survivors_per_selection",), f"{len(survivors)} rounds, but tokens_per_selection has {len(tokens)}"
+    yield from _out_of_reach(params, feeding)
+
+
+def _or_another_start(params: AllocateParams) -> str:
+    return ", or say start: uniform" if params.solver in SEARCHES else ""
+
+
+def _out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mistakes:
     """Budgets of bits that no allocation of the menu can meet, or that none can fill."""
     offers = [entry.nominal_bits() for made in feeding.get("database", ()) for entry in made.menu]
     known = [bits for offer in offers if offer is not None for bits in offer]
@@ -157,7 +188,7 @@ def _profiled_losses(
     context: Context, params: AllocateParams, index: DatabaseIndex
 ) -> tuple[Sequence[Sequence[float | None]] | None, int]:
     """The profile's table of the chosen metric, and the tokens that measuring it took."""
-    needed = params.solver not in ("uniform", "evolve") or (params.solver == "evolve" and params.start == "ilp")
+    needed = params.needs_losses
     if not context.inputs["profile"]:
         if needed:
             raise UsageError(
@@ -178,7 +209,7 @@ def _profiled_losses(
             hint=f"add {params.loss} to the profile's metrics, or choose another loss",
         )
     losses: list[list[float | None]] = document["metrics"][params.loss]
-    return losses, document["evaluated_tokens"] if params.loss == "kl" else 0
+    return losses, document["evaluated_tokens"] if needed and params.loss == "kl" else 0
 
 
 def _solve(
@@ -252,5 +283,5 @@ STAGE = Stage(
     gives="allocations",
     takes={"database": Port("database"), "profile": Port("profile", optional=True)},
     data=("data",),
-    check=out_of_reach,
+    check=mistakes,
 )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import CorruptArtifact, NotFinite, UsageError
+from layerwise.results.durable import settle_file
 from layerwise.stages.level import Level
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def write_unit(folder: Path, unit: str, levels: Sequence[Level]) -> Path:
         partial,
         metadata={RECIPES: json.dumps(recipes, sort_keys=True, allow_nan=False)},
     )
-    partial.replace(target)
+    settle_file(partial, target)
     return target
 
 

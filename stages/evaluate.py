@@ -82,10 +82,11 @@ def _allocations(context: Context) -> tuple[dict[str, Genome], Levels]:
 
 
 def _models(context: Context) -> tuple[dict[str, Genome], Levels]:
-    """The same for compressed models; they go by the candidate that they were made from."""
+    """The same for compressed models; they go by `<candidate>@model`, for their weights are rounded to the checkpoint's
+    dtype and may be repaired, so that their figures are not those of the allocation."""
     folders = context.inputs["models"]
     units = len(AppliedModels(folders).unit_names)
-    names = [AppliedModel(folder).allocation["candidate"] for folder in folders]
+    names = [f"{AppliedModel(folder).allocation['candidate']}@model" for folder in folders]
     numbers = range(len(folders))
     genomes = {"dense": (DENSE,) * units, **{name: (n,) * units for name, n in zip(names, numbers, strict=True)}}
     return genomes, {"models": folders}

@@ -90,9 +90,9 @@ class CandidateSearch:
 
     def _report(self, search: Evolve, ask: Ask, budget: str) -> None:
         generations = max(1, search.generations)
-        best = "" if search.best.loss is None else f", {budget}, best {self.metric} {search.best.loss:.4g}"
+        parent = "" if search.best.loss is None else f", {budget}, parent at {self.metric} {search.best.loss:.4g}"
         done = self._finished * generations + ask.generation
-        self.context.progress(done, self.searches * generations, f"generations{best}")
+        self.context.progress(done, self.searches * generations, f"generations{parent}")
 
 
 def _fitness(mean: float | None) -> float:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from layerwise.results.durable import settle_file
 from layerwise.stages.models.causal_lm import CausalLM, Unit
 
 
@@ -29,7 +30,6 @@ def collect(
     folder: Path,
     *,
     batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
     """Write one file of Hessians per block.
 
@@ -40,7 +40,6 @@ def collect(
         folder: gets `block-<index>.safetensors` with float32 (in, in) tensors, named by the first unit that reads
             the input.
         batch_size: sequences that run at a time.
-        progress: called after each block with (done, total).
     Returns:
         unit name to the name of its Hessian.
     """
@@ -53,9 +52,9 @@ def collect(
             for number, batch in enumerate(batches):
                 # Masks and positions are made anew for each block: cheap, and of the size of the hidden states if kept.
                 hidden[number] = model.run_block(index, hidden[number], model.embed(batch))
-        save_file(hooks.hessians, folder / f"block-{index}.safetensors")
+        save_file(hooks.hessians, folder / "unfinished")
+        settle_file(folder / "unfinished", folder / f"block-{index}.safetensors")
         aliases |= hooks.aliases
-        progress(index + 1, len(model.blocks))
     return aliases
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.errors import DataError
+from layerwise.results.durable import settle_file
 from layerwise.stages.contract import Context, TextSource
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _write_sequences(source: TextSource, *, model: Path, target: Path) -> int:
     temporary = target.with_suffix(".partial")
     with temporary.open("wb") as stream:
         np.save(stream, sequences)
-    temporary.replace(target)
+    settle_file(temporary, target)
     return int(sequences.size)
 
 
@@ -100,7 +101,12 @@ def cut(ids: NDArray[np.int32], source: TextSource) -> NDArray[np.int32]:
             f"data.{source.name}: the text has {len(ids)} tokens, fewer than one sequence of {length}",
             hint="give more text or a shorter sequence_length",
         )
-    wanted = available if source.tokens is None else max(1, source.tokens // length)
+    wanted = available if source.tokens is None else source.tokens // length
+    if wanted == 0:
+        raise DataError(
+            f"data.{source.name}: {source.tokens} tokens asked for, fewer than one sequence of {length}",
+            hint="ask for more tokens or a shorter sequence_length",
+        )
     if wanted > available:
         raise DataError(
             f"data.{source.name}: {source.tokens} tokens asked for, but the text has {len(ids)} "

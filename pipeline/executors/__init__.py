@@ -8,14 +8,19 @@ executor imports no Ray, and a run whose stages are all cached never starts one.
 from __future__ import annotations
 
 from layerwise.pipeline.executors.raw import RawExecutor, Resources
-from layerwise.stages.registry import lookup
+from layerwise.stages.registry import lookup, names
 
-__all__ = ["EXECUTORS", "RawExecutor", "Resources", "open_executor"]
+__all__ = ["EXECUTORS", "RawExecutor", "Resources", "executor_names", "open_executor"]
 
 EXECUTORS = {
     "inline": "layerwise.pipeline.executors.inline:InlineExecutor",
     "ray": "layerwise.pipeline.executors.ray:RayExecutor",
 }
+
+
+def executor_names() -> list[str]:
+    """Every executor on offer."""
+    return names(EXECUTORS, "layerwise.executors")
 
 
 def open_executor(name: str, resources: Resources = Resources()) -> RawExecutor:  # noqa: B008 (frozen)

@@ -155,7 +155,7 @@ def measured(fn: Callable[[Item], Answer], item: Item, threads: int) -> tuple[An
     """
     with _torch_threads(threads):
         answer = fn(item)
-    return answer, _peak_rss_bytes()
+    return answer, process_peak_rss_bytes()
 
 
 @contextmanager
@@ -179,6 +179,7 @@ def _torch_threads(threads: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _peak_rss_bytes() -> int:
+def process_peak_rss_bytes() -> int:
+    """The most memory that this process had resident so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -42,6 +42,9 @@ class MenuEntry(Params):
 
     method: str
 
+    impl: ClassVar[int] = 1
+    """Raised by hand whenever the same inputs would give other levels; part of the stage's key."""
+
     needs_hessian: ClassVar[bool] = False
     """Whether the method asks for calibration."""
 

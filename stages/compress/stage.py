@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from layerwise.errors import NotFinite, UsageError
+from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry, compressor_names, find_compressor
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Row, Stage
 
@@ -24,20 +24,25 @@ class CompressParams(Params):
 
     menu: list[AnyEntry] = Field(min_length=1, description="one entry per method, with `method` and its parameters")
 
+    @field_validator("menu")
+    @classmethod
+    def _distinct(cls, menu: list[MenuEntry]) -> list[MenuEntry]:
+        names = [name for entry in menu for name in entry.level_names()]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"makes level {twice[0]} twice; remove one of the entries")
+        return menu
+
+    def material(self) -> dict[str, Any]:
+        """With the implementation number of each method."""
+        return {"menu": [entry.material() | {"impl": entry.impl} for entry in self.menu]}
+
 
 def compress(context: Context, params: CompressParams) -> None:
-    """Write every level of every unit, and the index.
-
-    Raises:
-        UsageError: two menu entries make levels of the same name.
-    """
+    """Write every level of every unit, and the index."""
     from layerwise.stages.database import write_index
     from layerwise.stages.statistics import Statistics
 
-    names = [name for entry in params.menu for name in entry.level_names()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"the menu makes level {twice[0]} twice", hint="remove one of the menu entries")
     statistics = Statistics(context.input("statistics"))
     work = partial(
         _compress_unit,
