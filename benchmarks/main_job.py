@@ -161,7 +161,7 @@ def _pairs_table(found: Searches, budgets: Sequence[str]) -> list[str]:
         differences = [fmean(values) - base for values, base in zip(zip(*seeds, strict=True), ilp, strict=True)]
         mean, stderr = fmean(differences), stdev(differences) / len(differences) ** 0.5
         verdict = "tie" if abs(mean) <= stderr else "better" if mean < 0 else "worse"
-        return f"{mean:+.4f} ± {stderr:.4f} {verdict}"
+        return f"{mean:+.5f} ± {stderr:.5f} {verdict}"
 
     others = [family for family in FAMILIES if family != "ilp"]
     return _table(["budget", *others], ([budget, *(cell(family, budget) for family in others)] for budget in budgets))

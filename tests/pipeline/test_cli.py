@@ -314,7 +314,6 @@ def test_a_wrong_argument_ends_with_code_2_and_a_message(
         ("stages.search.with.budgets={bytes: 60000}", "below the least reachable"),
         ("stages.search.with.budgets={bytes: 600000}", "above the greatest reachable"),
         ("stages.best.with.pick=bits=7", "pick: 'bits=7' fits no allocation"),
-        ("stages.profile.with.metrics=[output_error]", "the profile has no kl, only output_error"),
     ],
 )
 def test_what_only_running_shows_is_told_as_well_and_loses_nothing(

@@ -120,7 +120,8 @@ def test_without_an_evaluation_the_front_is_over_the_search_loss(two_runs: Store
     ]
     assert frame["knee"].tolist() == [False, True, False]
     assert frame[["heldout_kl", "heldout_perplexity", "heldout_data"]].isna().all(axis=None)
-    assert rows(two_runs, "ranked_by", run="run-a", loss="heldout_kl") == [["kl"]] * 3
+    with pytest.raises(UsageError, match="no allocation of this run has heldout_kl"):
+        frontier_table(two_runs, "run-a", loss="heldout_kl")
 
 
 def test_a_run_that_hit_the_cache_shows_the_rows_under_its_own_names(two_runs: Store) -> None:

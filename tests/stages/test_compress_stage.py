@@ -119,17 +119,11 @@ def test_statistics_that_are_not_finite_cost_the_units_behind_them_their_levels(
     assert len(before) == 10
 
 
-def test_a_level_twice_on_the_menu_is_refused(chain: Callable[[str], Any]) -> None:
-    made = chain("llama")
-    menu = [{"method": "rtn", "bits": [3, 4]}, {"method": "rtn", "bits": [4, 5]}]
-    with pytest.raises(UsageError, match="the menu makes level rtn-4b-g128 twice"):
-        made.bench.run("compress", {"menu": menu}, statistics=made.stats.out)
-
-
 @pytest.mark.parametrize(
     ("menu", "complaint"),
     [
         ([], "at least 1 item"),
+        ([{"method": "rtn", "bits": [3, 4]}, {"method": "rtn", "bits": [4, 5]}], "makes level rtn-4b-g128 twice"),
         ([{"method": "gptk", "bits": 4}], "gptk"),
         ([{"method": "gptq", "bits": 9}], "less than or equal to 8"),
         ([{"method": "gptq", "bits": 4, "groupsize": 3}], "groupsize"),

@@ -69,7 +69,7 @@ def test_allocations_and_the_dense_model_are_measured_as_plainly_run(
     assert rows["dense", "kl"]["value"] == 0.0
 
 
-def test_a_compressed_model_has_the_figures_of_its_allocation(
+def test_a_float32_model_has_the_figures_of_its_allocation_under_a_name_of_its_own(
     chain: Callable[[str], Any], searched: Callable[[str], Any]
 ) -> None:
     made, folders = chain("gpt2"), searched("gpt2")
@@ -81,9 +81,17 @@ def test_a_compressed_model_has_the_figures_of_its_allocation(
     beside = made.bench.run("evaluate", allocations=folders.out, database=made.levels.out, models=models[:1])
     by_levels = made.bench.run("evaluate", allocations=folders.out, database=made.levels.out)
     documents = [json.loads((result.out / "metrics.json").read_text()) for result in (alone, beside, by_levels)]
-    names = {"dense", *(AppliedModel(model).allocation["candidate"] for model in models)}
-    assert all(set(document) == names for document in documents)
-    assert documents[0] == documents[1] == documents[2]
+    candidates = [AppliedModel(model).allocation["candidate"] for model in models]
+    named = [f"{candidate}@model" for candidate in candidates]
+    assert [set(document) for document in documents] == [
+        {"dense", *named},
+        {"dense", *candidates, named[0]},
+        {"dense", *candidates},
+    ]
+    by_model, both, by_level = documents
+    assert both == by_level | {named[0]: by_model[named[0]]}
+    for name, candidate in zip(named, candidates, strict=True):
+        assert by_model[name] == by_level[candidate]
 
 
 def test_the_mean_of_every_sequence_is_kept(chain: Callable[[str], Any], searched: Callable[[str], Any]) -> None:

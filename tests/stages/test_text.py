@@ -46,8 +46,9 @@ def test_all_tokens_are_used_when_none_are_asked_for() -> None:
     assert cut(np.arange(10, dtype=np.int32), source(3)).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
-def test_fewer_tokens_than_a_sequence_still_give_one_sequence() -> None:
-    assert cut(np.arange(10, dtype=np.int32), source(4, tokens=3)).shape == (1, 4)
+def test_fewer_tokens_than_a_sequence_are_refused_with_both_numbers() -> None:
+    with pytest.raises(DataError, match=r"data\.story: 3 tokens asked for, fewer than one sequence of 4"):
+        cut(np.arange(10, dtype=np.int32), source(4, tokens=3))
 
 
 def test_a_text_shorter_than_one_sequence_is_refused_with_both_lengths() -> None:
