@@ -41,7 +41,7 @@ def _rebuild(cls: type[LayerwiseError], state: dict[str, object]) -> LayerwiseEr
 
 
 @dataclass(frozen=True)
-class Problem:
+class Mistake:
     """One mistake in a workflow file: where it stands (1-based) and what it is."""
 
     file: str
@@ -58,10 +58,10 @@ class WorkflowError(LayerwiseError):
 
     exit_code = 2
 
-    def __init__(self, problems: Sequence[Problem], hint: str | None = None) -> None:
-        self.problems = sorted(problems, key=lambda problem: (problem.file, problem.line, problem.column))
-        count = f"{len(problems)} error{'s' if len(problems) != 1 else ''}"
-        super().__init__("\n".join([*map(str, self.problems), count]), hint)
+    def __init__(self, mistakes: Sequence[Mistake], hint: str | None = None) -> None:
+        self.mistakes = sorted(mistakes, key=lambda mistake: (mistake.file, mistake.line, mistake.column))
+        count = f"{len(mistakes)} error{'s' if len(mistakes) != 1 else ''}"
+        super().__init__("\n".join([*map(str, self.mistakes), count]), hint)
 
 
 class UsageError(LayerwiseError):

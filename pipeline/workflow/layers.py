@@ -41,9 +41,9 @@ def read_files(path: Path, report: Report) -> Tree:
 
 
 def _read(path: Path, report: Report, chain: tuple[Path, ...]) -> Tree:
-    tree = load_file(path, report.problems)
+    tree = load_file(path, report.mistakes)
     if not isinstance(tree.value, dict):
-        raise WorkflowError([tree.place.problem(f"a workflow is a map, but this is {describe(tree.value)}")])
+        raise WorkflowError([tree.place.mistake(f"a workflow is a map, but this is {describe(tree.value)}")])
     if "extends" not in tree.value:
         return tree
     parent = tree.value["extends"]
@@ -54,11 +54,11 @@ def _read(path: Path, report: Report, chain: tuple[Path, ...]) -> Tree:
     base, chain = path.parent / Path(parent.value).expanduser(), (*chain, path.resolve())
     if base.resolve() in chain:
         circle = " -> ".join(file.name for file in (*chain[chain.index(base.resolve()) :], base))
-        raise WorkflowError([parent.place.problem(f"extends: the files extend each other in a circle: {circle}")])
+        raise WorkflowError([parent.place.mistake(f"extends: the files extend each other in a circle: {circle}")])
     try:
         return replace(merge(_read(base, report, chain), own), place=own.place)
     except UsageError as error:
-        raise WorkflowError([parent.place.problem(f"extends: {error.message}")]) from error
+        raise WorkflowError([parent.place.mistake(f"extends: {error.message}")]) from error
 
 
 def apply_profile(tree: Tree, profile: str | None, report: Report) -> Tree:
@@ -96,7 +96,7 @@ def apply_sets(tree: Tree, sets: Sequence[str], report: Report) -> Tree:
         try:
             value = load_value(text, place)
         except WorkflowError as error:
-            report.problems.extend(error.problems)
+            report.mistakes.extend(error.mistakes)
             continue
         try:
             tree = _set(tree, path.split("."), value, ())

@@ -144,8 +144,8 @@ def load_workflow(
     order = run_order(wirings, report)
     check_texts(drafts, data, report)
     _check_together(drafts, inputs, report)
-    if report.problems or header is None or model is None:
-        raise WorkflowError(report.problems, hint=_hint(drafts))
+    if report.mistakes or header is None or model is None:
+        raise WorkflowError(report.mistakes, hint=_hint(drafts))
 
     by_id = {draft.wiring.id: draft for draft in drafts}
     return Workflow(
@@ -169,7 +169,7 @@ def _check_version(tree: Tree, report: Report) -> None:
         report.add(version.place, ("version",), text)
         if isinstance(version.value, int) and version.value > VERSION:
             # Whatever else looks wrong may be right in that format.
-            raise WorkflowError(report.problems, hint="upgrade layerwise")
+            raise WorkflowError(report.mistakes, hint="upgrade layerwise")
 
 
 def _resolve_head(tree: Tree, declared: Tree, report: Report) -> Tree:

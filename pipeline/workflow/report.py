@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from layerwise.errors import Problem
+from layerwise.errors import Mistake
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, dotted
 
 
@@ -14,13 +14,13 @@ class Report:
     """Collects mistakes, each once, so that all of them can be shown together."""
 
     def __init__(self) -> None:
-        self.problems: list[Problem] = []
+        self.mistakes: list[Mistake] = []
 
     def add(self, place: Place, path: KeyPath, text: str) -> None:
         """Note a mistake; `path` is empty when the text says it all."""
-        problem = place.problem(f"{dotted(path)}: {text}" if path else text)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        mistake = place.mistake(f"{dotted(path)}: {text}" if path else text)
+        if mistake not in self.mistakes:
+            self.mistakes.append(mistake)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from layerwise.errors import Problem, UsageError, WorkflowError
+from layerwise.errors import Mistake, UsageError, WorkflowError
 
 Scalar: TypeAlias = str | int | float | bool | None
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -57,15 +57,15 @@ class Place:
     column: int = 1
     option: str | None = None
 
-    def problem(self, text: str) -> Problem:
+    def mistake(self, text: str) -> Mistake:
         """A mistake that is shown at this place."""
         if self.option is not None:
-            return OptionProblem(self.option, 0, 0, text)
-        return Problem(self.file, self.line, self.column, text)
+            return OptionMistake(self.option, 0, 0, text)
+        return Mistake(self.file, self.line, self.column, text)
 
 
 @dataclass(frozen=True)
-class OptionProblem(Problem):
+class OptionMistake(Mistake):
     """A mistake on the command line, where no line and column can be given."""
 
     def __str__(self) -> str:
@@ -149,12 +149,12 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def load_file(path: Path, problems: list[Problem] | None = None) -> Tree:
+def load_file(path: Path, mistakes: list[Mistake] | None = None) -> Tree:
     """Read a YAML file.
 
     Args:
         path: shown in errors as it is given.
-        problems: where mistakes go that leave the rest readable (a key given twice); without it they are raised.
+        mistakes: where mistakes go that leave the rest readable (a key given twice); without it they are raised.
     Raises:
         UsageError: there is no such file, or it cannot be read.
         WorkflowError: it is not UTF-8, or not YAML; says where.
@@ -172,18 +172,18 @@ def load_file(path: Path, problems: list[Problem] | None = None) -> Tree:
         line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
         place = Place(str(path), line, column)
         raise WorkflowError(
-            [place.problem(f"the file is not UTF-8 (byte 0x{error.object[error.start]:02x})")],
+            [place.mistake(f"the file is not UTF-8 (byte 0x{error.object[error.start]:02x})")],
             hint="save it as UTF-8",
         ) from None
-    return load_text(text, str(path), problems)
+    return load_text(text, str(path), mistakes)
 
 
-def load_text(text: str, file: str, problems: list[Problem] | None = None) -> Tree:
+def load_text(text: str, file: str, mistakes: list[Mistake] | None = None) -> Tree:
     """Read YAML from text; `file` is what errors call it. See `load_file`."""
-    found: list[Problem] = []
+    found: list[Mistake] = []
     tree = _Planter(lambda mark: Place(file, mark.line + 1, mark.column + 1), found).read(text)
-    if problems is not None:
-        problems.extend(found)
+    if mistakes is not None:
+        mistakes.extend(found)
     elif found:
         raise WorkflowError(found)
     return tree
@@ -195,7 +195,7 @@ def load_value(text: str, place: Place) -> Tree:
     Raises:
         WorkflowError: it is not YAML.
     """
-    found: list[Problem] = []
+    found: list[Mistake] = []
     tree = _Planter(lambda mark: place, found).read(text or "null")
     if found:
         raise WorkflowError(found)
@@ -248,11 +248,11 @@ class _Planter:
 
     Args:
         place: where a mark of PyYAML stands.
-        problems: collects keys that are given twice.
+        mistakes: collects keys that are given twice.
     """
 
-    def __init__(self, place: Callable[[yaml.Mark], Place], problems: list[Problem]) -> None:
-        self.place, self.problems = place, problems
+    def __init__(self, place: Callable[[yaml.Mark], Place], mistakes: list[Mistake]) -> None:
+        self.place, self.mistakes = place, mistakes
         self.planted: dict[int, tuple[Tree, int]] = {}  # id of the YAML node -> its tree and how many values it has
         self.open: set[int] = set()
 
@@ -274,7 +274,7 @@ class _Planter:
             message = f"the character U+{ord(text[error.position]):04X} may not stand in YAML"
         except RecursionError:
             mark, message = start, "nested too deeply"
-        raise WorkflowError([self.place(mark).problem(message)])
+        raise WorkflowError([self.place(mark).mistake(message)])
 
     def plant(self, node: yaml.Node, path: KeyPath) -> tuple[Tree, int]:
         """The tree of a node and the number of values in it, aliases unfolded."""
@@ -319,7 +319,7 @@ class _Planter:
             tree, count = self.plant(child, (*path, name))
             if name in own and (first := own[name].key) is not None:
                 text = f"{dotted((*path, name))}: this key is given twice (first on line {first.line})"
-                self.problems.append(place.problem(text))
+                self.mistakes.append(place.mistake(text))
                 continue
             own[name] = replace(tree, key=place)
             size += count

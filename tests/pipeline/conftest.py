@@ -147,7 +147,7 @@ class Desk:
         path = self.write(head + textwrap.dedent(body))
         with pytest.raises(WorkflowError) as caught:
             load_workflow(path, find_stage=STAGES, **options)
-        return [str(problem).removeprefix(f"{path}:") for problem in caught.value.problems]
+        return [str(mistake).removeprefix(f"{path}:") for mistake in caught.value.mistakes]
 
 
 @pytest.fixture

@@ -61,9 +61,9 @@ def test_the_place_of_the_mistake_is_that_of_the_value(workflow: Path) -> None:
     workflow.write_text(WORKFLOW.replace("bits: 3", "bits: 9"), encoding="utf-8")
     with pytest.raises(WorkflowError) as caught:
         load_workflow(workflow)
-    (problem,) = caught.value.problems
-    line = WORKFLOW.splitlines()[problem.line - 1]
-    assert line[problem.column - 1 :].startswith("3}")
+    (mistake,) = caught.value.mistakes
+    line = WORKFLOW.splitlines()[mistake.line - 1]
+    assert line[mistake.column - 1 :].startswith("3}")
 
 
 def test_a_level_that_may_be_wider_than_the_menu_says_leaves_the_upper_end_open(workflow: Path) -> None:

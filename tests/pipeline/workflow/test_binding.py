@@ -146,7 +146,7 @@ def test_either_the_order_is_complete_and_sound_or_a_circle_is_reported(needs: l
     ]
     report = Report()
     inputs = bind(wirings, report, lambda kind: [])
-    assert not report.problems
+    assert not report.mistakes
     assert {id_: set(ports.get("mixes", ())) for id_, ports in inputs.items()} == {
         f"s{i}": {f"s{j}" for j in sources} for i, sources in enumerate(needs)
     }
@@ -157,7 +157,7 @@ def test_either_the_order_is_complete_and_sound_or_a_circle_is_reported(needs: l
             if k in reach[i]:
                 reach[i] |= reach[k]
     cyclic = any(i in reach[i] for i in range(len(needs)))
-    assert cyclic == bool(report.problems)
+    assert cyclic == bool(report.mistakes)
     assert cyclic == (len(order) < len(needs))
     for position, id_ in enumerate(order):
         assert {f"s{j}" for j in needs[int(id_[1:])]} <= set(order[:position])

@@ -21,7 +21,7 @@ def resolved(text: str, item: Any = None) -> tuple[Any, list[str]]:
     report = Report()
     names = {"params": plant(PARAMS, HERE)} | ({} if item is None else {"item": item})
     tree = resolve(Tree(text, HERE), names, ("key",), report)
-    return tree.plain(), [problem.text for problem in report.problems]
+    return tree.plain(), [mistake.text for mistake in report.mistakes]
 
 
 @pytest.mark.parametrize("name", PARAMS)
@@ -89,4 +89,4 @@ def test_foreach_may_follow_a_stage() -> None:
 def test_any_text_is_either_resolved_or_reported(text: str) -> None:
     report = Report()
     tree = resolve(Tree(text, HERE), {"params": plant({"a": "b"}, HERE)}, ("key",), report)
-    assert unresolved(tree) == bool(report.problems)
+    assert unresolved(tree) == bool(report.mistakes)

@@ -237,7 +237,7 @@ def test_mistakes_keep_the_file_they_stand_in(desk: Any) -> None:
     path = desk.write("extends: base.yaml\nstages:\n  stats: {with: {dat: x}}\n")
     with pytest.raises(WorkflowError) as caught:
         load_workflow(path, find_stage=desk.stages)
-    assert [str(problem) for problem in caught.value.problems] == [
+    assert [str(mistake) for mistake in caught.value.mistakes] == [
         f"{base}:7:43: stages.stats.with.shards: must be at least 1, got 0",
         f"{path}:3:18: stages.stats.with.dat: unknown key (did you mean 'data'?)",
     ]
@@ -249,13 +249,13 @@ def test_a_circle_of_files_and_a_missing_one_are_reported_where_they_are_named(d
     first = desk.write("extends: b.yaml\n", "a.yaml")
     with pytest.raises(WorkflowError) as caught:
         load_workflow(first, find_stage=desk.stages)
-    assert str(caught.value.problems[0]) == (
+    assert str(caught.value.mistakes[0]) == (
         f"{last}:2:10: extends: the files extend each other in a circle: a.yaml -> b.yaml -> c.yaml -> a.yaml"
     )
     lost = desk.write("extends: gone.yaml\n")
     with pytest.raises(WorkflowError) as caught:
         load_workflow(lost, find_stage=desk.stages)
-    assert str(caught.value.problems[0]) == f"{lost}:1:10: extends: {desk.folder / 'gone.yaml'}: no such file"
+    assert str(caught.value.mistakes[0]) == f"{lost}:1:10: extends: {desk.folder / 'gone.yaml'}: no such file"
 
 
 trees = st.recursive(

@@ -105,7 +105,7 @@ stages:
     path = desk.write(head + body)
     with pytest.raises(WorkflowError) as caught:
         load_workflow(path, find_stage=desk.stages)
-    assert [str(problem).removeprefix(f"{path}:") for problem in caught.value.problems] == [
+    assert [str(mistake).removeprefix(f"{path}:") for mistake in caught.value.mistakes] == [
         "2:1: modle: unknown key (did you mean 'model'?)",
         "4:44: data.calibration.tokens: must be a whole number like 65536, 64k, 32Ki or 2Mi, got text '2Kx'",
         "5:3: data.held out: 'held out' cannot be a name: use letters, digits, '_' and '-', a letter first",
@@ -155,7 +155,7 @@ def test_a_newer_version_is_the_only_thing_said(desk: Any) -> None:
     path = desk.write("version: 2\nstuff: 1\n")
     with pytest.raises(WorkflowError, match="hint: upgrade layerwise") as caught:
         load_workflow(path, find_stage=desk.stages)
-    assert len(caught.value.problems) == 1
+    assert len(caught.value.mistakes) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ def said(model: Any, text: str) -> list[str]:
     """What is wrong with the text as parameters of a model."""
     report = Report()
     made = validate(model, load_text(text, "f"), ("with",), report)
-    assert (made is None) == bool(report.problems)
-    return [str(problem).removeprefix("f:") for problem in sorted(report.problems, key=lambda p: (p.line, p.column))]
+    assert (made is None) == bool(report.mistakes)
+    return [str(mistake).removeprefix("f:") for mistake in sorted(report.mistakes, key=lambda p: (p.line, p.column))]
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_whole_numbers_may_be_written_with_an_exponent_and_lists_serve_as_tuples
     )
     assert menu.menu[0].patterns == ("2:4",)
     assert menu.menu[1].bits == [3]
-    assert not report.problems
+    assert not report.mistakes
 
 
 def test_a_value_whose_expression_failed_makes_no_second_mistake(fakes: SimpleNamespace) -> None:
     report = Report()
     tree = load_text("{population: '${{ params.x }}', seeds: '${{ params.y }}'}", "f")
     assert validate(fakes.SearchParams, tree, (), report) is None
-    assert [str(problem) for problem in report.problems] == ["f:1:33: seeds: unknown key (did you mean 'seed'?)"]
+    assert [str(mistake) for mistake in report.mistakes] == ["f:1:33: seeds: unknown key (did you mean 'seed'?)"]

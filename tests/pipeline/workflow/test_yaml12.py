@@ -20,7 +20,7 @@ def plain(text: str) -> object:
 def mistakes(text: str) -> list[str]:
     with pytest.raises(WorkflowError) as caught:
         load_text(text, "f.yaml")
-    return [str(problem) for problem in caught.value.problems]
+    return [str(mistake) for mistake in caught.value.mistakes]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_file_that_is_not_utf8_names_the_byte_and_its_place(tmp_path: Path) ->
     path.write_bytes("a: ü\nbö: ".encode() + b"\xff\n")
     with pytest.raises(WorkflowError) as caught:
         load_file(path)
-    assert str(caught.value.problems[0]) == f"{path}:2:5: the file is not UTF-8 (byte 0xff)"
+    assert str(caught.value.mistakes[0]) == f"{path}:2:5: the file is not UTF-8 (byte 0xff)"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_the_value_of_an_option_stands_at_the_option() -> None:
     tree = load_value("[1, {b: x}]", place)
     assert tree.plain() == [1, {"b": "x"}]
     assert {node.place for _, node in tree.walk()} == {place}
-    assert str(place.problem("wrong")) == "-s a=[1, {b: x}]: wrong"
+    assert str(place.mistake("wrong")) == "-s a=[1, {b: x}]: wrong"
     assert load_value("", place).plain() is None
 
 
@@ -197,4 +197,4 @@ def test_any_text_is_either_read_or_refused_with_a_place(text: str) -> None:
     try:
         load_text(text, "f.yaml")
     except WorkflowError as error:
-        assert all(problem.line >= 1 and problem.column >= 1 for problem in error.problems)
+        assert all(mistake.line >= 1 and mistake.column >= 1 for mistake in error.mistakes)
