@@ -14,6 +14,7 @@ Neither this module nor the methods import torch before they work, because a wor
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,9 +49,9 @@ class MenuEntry(Params):
     needs_hessian: ClassVar[bool] = False
     """Whether the method asks for calibration."""
 
+    @abstractmethod
     def level_names(self) -> list[str]:
         """Names of the levels it makes, in their order; known before any is made."""
-        raise NotImplementedError
 
     def nominal_bits(self) -> Sequence[float] | None:
         """Their bits per weight, if these too are known before; a budget out of reach is then refused at once."""
