@@ -15,6 +15,7 @@ from typing import Any
 from layerwise import __version__
 from layerwise.errors import LayerwiseError
 from layerwise.pipeline.artifacts import digest_of
+from layerwise.results.runs import latest_stages
 from layerwise.results.store import Store
 from layerwise.stages.contract import Row
 
@@ -56,6 +57,9 @@ class Account:
             "started_at": self._started,
         }
         self._rows = {"runs": 0, "stages": 0}
+        self._known = {
+            name: row["stage_key"] for name, row in latest_stages(store, run).items() if row["status"] == "ok"
+        }
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -75,8 +79,14 @@ class Account:
         self._append("runs", {**self._facts, **row})
 
     def stage(self, stage: str, key: str | None, row: Row) -> None:
-        """Say how a stage ended well; `row` holds columns of `stages`."""
+        """Say that a stage was made; `row` holds columns of `stages`."""
         self._append("stages", {"status": "ok", **row}, stage, key)
+
+    def hit(self, stage: str, key: str | None, row: Row) -> None:
+        """Say that a stage was found, unless the run's latest row already says that it is there: a workflow that is run
+        a thousand times from the cache does not fill the store."""
+        if self._known.get(stage) != key:
+            self._append("stages", {"status": "ok", "cache": "hit", "seconds": 0.0, **row}, stage, key)
 
     def failure(self, stage: str, key: str | None, row: Row, error: BaseException) -> None:
         """Say that a stage did not end well."""

@@ -191,8 +191,7 @@ class Run:
 
     def _hit(self, plan: StagePlan, artifact: Artifact, account: Account) -> None:
         self.display.cached(plan.node.id)
-        row = {"uses": plan.node.stage.name, "cache": "hit", "seconds": 0.0, "output_digest": artifact.digest}
-        account.stage(plan.node.id, plan.key, row)
+        account.hit(plan.node.id, plan.key, {"uses": plan.node.stage.name, "output_digest": artifact.digest})
 
     def _make(self, plan: StagePlan, account: Account, opened: Callable[[], RawExecutor]) -> Artifact:
         node, key = plan.node, plan.key

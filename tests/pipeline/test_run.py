@@ -208,9 +208,7 @@ def test_the_tables_tell_the_whole_story(workshop: Any) -> None:
     assert len(units) == 6
     workshop.run()
     assert [row["status"] for row in run.store.rows("runs")] == ["running", "ok", "running", "ok"]
-    again = latest(run)
-    assert all((row["cache"], row["seconds"], row["attempt"]) == ("hit", 0, 2) for row in again.values())
-    assert all(again[stage]["output_digest"] == rows[stage]["output_digest"] for stage in STAGES)
+    assert latest(run) == rows  # what is known already is not written again
     assert len(run.store.rows("units")) == 6
     assert not (run.store.root / "work").exists() or not any((run.store.root / "work").iterdir())
 
