@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 
 
 def header(script: str, packages: Sequence[str]) -> list[str]:
-    """Date, machine class, versions and command, as Markdown list items."""
+    """Date, machine class, versions and command (without where the results were put), as Markdown list items."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    arguments = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    arguments = sys.argv[1:]
+    if "--results" in arguments:
+        place = arguments.index("--results")
+        arguments = arguments[:place] + arguments[place + 2 :]
     return [
         f"- {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} CPU cores, shared, no GPU",
         f"- Python {platform.python_version()}, {versions}",

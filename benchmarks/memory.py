@@ -28,7 +28,7 @@ version: 1
 name: memory
 model: {model}
 data:
-  calibration: {{text: {text}, tokens: 8Ki, sequence_length: 512}}
+  calibration: {{text: {text}, tokens: 2Ki, sequence_length: 512}}
   heldout: {{text: {heldout}, tokens: 1Ki, sequence_length: 512}}
 stages:
   statistics: {{uses: calibrate}}
