@@ -29,11 +29,11 @@ name: memory
 model: {model}
 data:
   calibration: {{text: {text}, tokens: 2Ki, sequence_length: 512}}
-  heldout: {{text: {heldout}, tokens: 1Ki, sequence_length: 512}}
+  heldout: {{text: {heldout}, tokens: 512, sequence_length: 512}}
 stages:
   statistics: {{uses: calibrate}}
-  levels: {{uses: compress, needs: [statistics], with: {{menu: [{{method: gptq, bits: [3, 4]}}]}}}}
-  search: {{uses: allocate, needs: [levels], with: {{solver: uniform, budgets: {{bits: [3, 4]}}}}}}
+  levels: {{uses: compress, needs: [statistics], with: {{menu: [{{method: gptq, bits: [4]}}]}}}}
+  search: {{uses: allocate, needs: [levels], with: {{solver: uniform, budgets: {{bits: [4]}}}}}}
   score: {{uses: evaluate, needs: [levels, search]}}
 """
 SECONDS_BETWEEN_SAMPLES = 0.25
@@ -107,7 +107,7 @@ def main() -> None:
         "",
         *header("memory.py", ["layerwise", "torch", "ray", "transformers"]),
         f"- random Llama, {size / 4e6:.0f} M parameters, {size / 1e9:.2f} GB in float32; bound: {bound / 1e9:.2f} GB",
-        f"- calibrate, compress (GPTQ, 3 and 4 bits), allocate, evaluate: {took:.0f} s",
+        f"- calibrate, compress (GPTQ, 4 bits), allocate, evaluate: {took:.0f} s",
         "",
         "| process | greatest PSS, GB | share of the bound |",
         "|---|---|---|",

@@ -1,6 +1,7 @@
 """One model replica that scores allocations: the inner loop of every search.
 
-- Levels are swapped by pointer: decoded weights live in a bounded cache over the memory-mapped database.
+- Levels are swapped by pointer, block by block: decoded weights live in a bounded cache over the memory-mapped
+  database, and no more than one block is held beside it.
 - Candidates of a batch form a prefix tree: sorted by genome, blocks that neighbours share are computed once, depth
   first, so memory is one hidden state per block.
 - The dense model's answer on the same tokens is kept from the first use if it fits, else recomputed.
@@ -12,8 +13,9 @@ same tensors; `tests/stages/test_evaluator.py` holds it to that.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -65,6 +67,9 @@ class Evaluator:
         by_name = {unit.name: unit for unit in model.units}
         self.units = [by_name[name] for name in levels.unit_names]
         self.dense = [model.weight(unit).data for unit in self.units]
+        self._members: dict[int, list[int]] = defaultdict(list)
+        for index, unit in enumerate(self.units):
+            self._members[unit.block].append(index)
         self._cache = _Bounded(cache_bytes)
         self._references = _Bounded(reference_bytes)
 
@@ -91,7 +96,6 @@ class Evaluator:
                 previous = genome
                 for metric, values in _measure(logits, reference, ids, request.metrics).items():
                     found[number][metric].append(values)
-        self._install([DENSE] * len(self.units))
         return [
             {metric: _summary(torch.cat(values), length, request.sequences) for metric, values in candidate.items()}
             for candidate in found
@@ -120,18 +124,24 @@ class Evaluator:
         else:
             changed = (unit.block for unit, a, b in zip(self.units, genome, previous, strict=True) if a != b)
             first = min(changed)
-        self._install(genome)
         del states[first + 1 :]
         for block in range(first, len(self.model.blocks)):
-            states.append(self.model.run_block(block, states[block], stream))
+            with self._levels_in(block, genome):
+                states.append(self.model.run_block(block, states[block], stream))
         return self.model.head(states[-1], stream)
 
-    def _install(self, genome: Sequence[int]) -> None:
-        for index, (unit, level) in enumerate(zip(self.units, genome, strict=True)):
-            weight = self.dense[index] if level == DENSE else self._decoded(index, level)
-            parameter = self.model.weight(unit)
-            if parameter.data_ptr() != weight.data_ptr():
-                parameter.data = weight
+    @contextmanager
+    def _levels_in(self, block: int, genome: Sequence[int]) -> Iterator[None]:
+        """A genome's levels in one block, and its own weights again afterwards: beside the cache, no more than one
+        block is ever held decoded."""
+        members = [index for index in self._members[block] if genome[index] != DENSE]
+        try:
+            for index in members:
+                self.model.weight(self.units[index]).data = self._decoded(index, genome[index])
+            yield
+        finally:
+            for index in members:
+                self.model.weight(self.units[index]).data = self.dense[index]
 
     def _decoded(self, index: int, level: int) -> Tensor:
         decoded = self._cache.get((index, level))
@@ -146,7 +156,6 @@ class Evaluator:
         """Logits of the dense model."""
         logits = self._references.get((batch, length))
         if logits is None:
-            self._install([DENSE] * len(self.units))
             hidden = stream.hidden
             for block in range(len(self.model.blocks)):
                 hidden = self.model.run_block(block, hidden, stream)
