@@ -122,9 +122,3 @@ def test_hidden_states_are_held_before_one_block_only(
     collect(lm, lm.units, SEQUENCES, tmp_path, batch_size=1)
     assert len(most) == len(lm.blocks) * len(SEQUENCES)
     assert max(most) <= len(SEQUENCES) + 1, "one state per batch, and the one that just replaces another"
-
-
-def test_progress_counts_the_blocks(load_model: Callable[[str], Any], tmp_path: Path) -> None:
-    lm, seen = load_model("llama"), []
-    collect(lm, lm.units, SEQUENCES, tmp_path, batch_size=8, progress=lambda *step: seen.append(step))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
