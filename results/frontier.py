@@ -1,7 +1,7 @@
 """The Pareto frontier: which allocations no other one beats, and where giving more bits stops paying.
 
-`non_dominated` and `knee` are plain geometry over arrays. `frontier_table` brings a run's allocations together with
-what was measured of them on held-out text. Left out: fronts over more than one cost at a time, and hypervolumes.
+`frontier_table` brings a run's allocations together with what was measured of them on held-out text; the geometry is
+that of `layerwise.solvers.pareto`. Left out: fronts over more than one cost at a time.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from layerwise.errors import UsageError
 from layerwise.results.runs import find_run, latest_stages, stage_keys
+from layerwise.solvers.pareto import knee, non_dominated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,66 +51,6 @@ COLUMNS = [
 
 _COSTS = ("bits", "effective_bits", "bytes")
 _TYPES = {**dict.fromkeys(("bits", "effective_bits", "kl", *HELDOUT), "float64"), "bytes": "Int64"}
-
-
-def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
-    """Which points no other point beats, every coordinate to be minimised.
-
-    A point is beaten by one that is nowhere larger and somewhere smaller. Equal points do not beat each other, so
-    either all of them are on the front or none.
-
-    Args:
-        points: (n, d). A point with a NaN is never on the front and beats nobody.
-    Returns:
-        (n,), True on the front. Two dimensions take O(n log n), others O(n^2).
-    """
-    points = np.asarray(points, dtype=np.float64)
-    known = ~np.isnan(points).any(axis=1)
-    front = np.zeros(len(points), dtype=np.bool_)
-    front[known] = _sweep(points[known]) if points.shape[1] == 2 else _compare(points[known])
-    return front
-
-
-def _sweep(points: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """From left to right: on the front are the lowest points of each x that are lower than all further left."""
-    order = np.lexsort((points[:, 1], points[:, 0]))
-    x, y = points[order].T
-    starts = np.flatnonzero(np.append(True, x[1:] != x[:-1])) if len(x) else np.empty(0, dtype=np.intp)
-    lowest = y[starts]  # of each x, for its points are sorted by y
-    lower = np.ones(len(starts), dtype=np.bool_)
-    lower[1:] = lowest[1:] < np.minimum.accumulate(lowest)[:-1]
-    sizes = np.diff(np.append(starts, len(x)))
-    front = np.empty(len(x), dtype=np.bool_)
-    front[order] = (y == np.repeat(lowest, sizes)) & np.repeat(lower, sizes)
-    return front
-
-
-def _compare(points: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Each point with all others."""
-    beaten = [bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any()) for point in points]
-    return ~np.array(beaten, dtype=np.bool_)
-
-
-def knee(x: ArrayLike, y: ArrayLike) -> int | None:
-    """Where a front bends most: the point furthest below the straight line between its two ends.
-
-    Both axes are first scaled to [0, 1], so their units do not matter; the measure is linear in the loss.
-
-    Args:
-        x: (n,) costs of the points of a front, in any order.
-        y: (n,) their losses.
-    Returns:
-        The index of the knee (the first of several equal points), or None if no point lies below the line: with fewer
-        than three different points, or a front that bends outwards.
-    Source: the chord construction of Das, "On characterizing the knee of the Pareto curve" (1999), in two dimensions;
-        the scaling as in Kneedle (Satopää et al., 2011).
-    """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    below = 1 - (x - x.min()) / np.ptp(x) - (y - y.min()) / np.ptp(y)  # the line from (0, 1) to (1, 0), times sqrt(2)
-    best = int(np.argmax(below))
-    return best if below[best] > 1e-12 else None  # rounding alone stays far below this
 
 
 def frontier_table(

@@ -5,20 +5,27 @@ than another is dropped. Costs may be any real numbers. When they are whole mult
 layers, say) there are never more states than multiples that fit in the budget, so the textbook table over costs would
 be no smaller. What is left at the end is the whole trade-off up to the budget, of which the last state is the answer.
 
-Left out: several budgets (states would be dominated too rarely; use `ilp`).
+A block with units inside is decided level by level: the states go on with the block's units where these are present and
+without them where not, and meet again behind the block.
+
+Left out: several budgets (states would be dominated too rarely; use `branch`).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.errors import UsageError
-from layerwise.solvers.problem import ROUNDING, Choice, Problem, Solution
+from layerwise.solvers.problem import ROUNDING, Choice, Problem, Solution, require_separable
+
+_AT_A_TIME = 1024
+"""How many allocations are traced back together."""
 
 
 def dp(problem: Problem, max_states: int = 200_000) -> Solution:
@@ -34,80 +41,173 @@ def dp(problem: Problem, max_states: int = 200_000) -> Solution:
             Its lower bound comes from a second run with costs rounded down.
     Raises:
         InfeasibleBudget: the budget is below the least reachable cost.
-        UsageError: several budgets, or no losses.
+        UsageError: several budgets, no losses, or units that interact.
     """
     started = time.perf_counter()
-    if problem.losses is None:
-        raise UsageError("dp needs losses, and this problem has none", hint="give losses, or use uniform or Evolve")
+    require_separable("dp", problem)
     if len(problem.limits) > 1:
-        raise UsageError(f"dp takes one budget, found {', '.join(problem.limits)}", hint="use ilp for several budgets")
+        raise UsageError(f"dp takes one budget, found {', '.join(problem.limits)}", hint="use branch for several")
     if max_states < 1:
         raise UsageError(f"max_states must be at least 1, found {max_states}")
     problem.check_budgets()
-    tied = problem.tied()
-    assert tied.losses is not None
-    costs, room = _above_cheapest(tied)
-    choice = _non_dominated(costs, tied.losses, room, max_states)
-    if choice is not None:
-        solution = problem.solution(problem.expand(choice))
-        return problem.solution(
-            solution.choice, status="optimal", lower_bound=solution.loss, seconds=time.perf_counter() - started
-        )
-    step = room / max_states
-    kept = _on_grid(costs, tied.losses, step, max_states, np.ceil)
-    relaxed = _on_grid(costs, tied.losses, step, max_states, np.floor)
-    return problem.solution(problem.expand(kept), lower_bound=tied.loss(relaxed), seconds=time.perf_counter() - started)
+    plain = problem.plain()
+    choice = relaxed = _freely(plain)
+    status = "optimal"
+    if not plain.feasible(choice):
+        costs, room = _room(plain)
+        ends = non_dominated_ends(plain, costs, room, max_states)
+        if ends is not None:
+            choice = relaxed = ends.choice(-1)
+        else:
+            step, status = room / max_states, "feasible"
+            choice = on_grid(plain, costs, room, step, np.ceil).choice(-1)
+            relaxed = on_grid(plain, costs, room, step, np.floor).choice(-1)
+    bound = problem.solution(problem.expand(relaxed)).objective
+    return problem.solution(
+        problem.expand(choice), status=status, lower_bound=bound, seconds=time.perf_counter() - started
+    )
 
 
-def _above_cheapest(problem: Problem) -> tuple[NDArray[np.float64], float]:
-    """Costs above each unit's least, and how much of the budget the cheapest allocation leaves.
+def _freely(problem: Problem) -> Choice:
+    """The allocation of the least loss, whatever it costs; of equal losses the cheapest."""
+    assert problem.losses is not None
+    best = problem.losses == problem.losses.min(axis=1, keepdims=True)
+    top = problem.top(problem.losses)
+    best[problem.outer] = top == top.min(axis=1, keepdims=True)
+    return problem.lowest(np.where(best, problem.shares, np.inf))
 
-    Counted like this, every partial allocation within the room can be completed.
-    """
-    if not problem.limits:
-        return problem.shares - problem.shares.min(axis=1, keepdims=True), math.inf
+
+def _room(problem: Problem) -> tuple[NDArray[np.float64], float]:
+    """Costs above the cheapest, and how much of the only budget the cheapest allocation leaves."""
     ((resource, limit),) = problem.limits.items()
-    table = problem.costs[resource]
-    least = table.min(axis=1)
-    return table - least[:, None], max(0.0, math.fsum([limit, *(-least)])) + abs(limit) * ROUNDING
+    above, least = problem.above_least(problem.costs[resource])
+    return above, max(0.0, math.fsum([limit, *(-least).tolist()])) + abs(limit) * ROUNDING
 
 
-def _non_dominated(
-    costs: NDArray[np.float64], losses: NDArray[np.float64], room: float, max_states: int
-) -> Choice | None:
-    """The best allocation within the room, or None if more than `max_states` states would have to be kept."""
-    state_cost, state_loss = np.zeros(1), np.zeros(1)
-    history: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # per unit: the state before, the level taken
-    for unit_costs, unit_losses in zip(costs, losses, strict=True):
-        levels = np.flatnonzero(np.isfinite(unit_losses) & (unit_costs <= room))
-        cost = (unit_costs[levels, None] + state_cost).ravel()
-        loss = (unit_losses[levels, None] + state_loss).ravel()
-        order = np.lexsort((loss, cost))  # stable: of equal states, the lower level
-        order = order[cost[order] <= room]
-        lowest_before = np.concatenate([[np.inf], np.minimum.accumulate(loss[order])[:-1]])
-        order = order[loss[order] < lowest_before]
-        if len(order) > max_states:
+class Ends(NamedTuple):
+    """The non-dominated allocations of a plain problem, by rising cost and falling loss.
+
+    Args:
+        cost, loss: (states,); the cost above the cheapest allocation.
+        node: (states,), the last decision of each.
+        decisions: all decisions that led to one of them.
+        cheapest: (units,), the level of units that are absent.
+    """
+
+    cost: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    node: NDArray[np.int64]
+    decisions: _Decisions
+    cheapest: Choice
+
+    def choice(self, index: int) -> Choice:
+        """The allocation of a state."""
+        choice: Choice = self.decisions.traced(self.node[[index]], self.cheapest)[0]
+        return choice
+
+    def choices(self) -> Iterator[Choice]:
+        """The allocations of all states in turn."""
+        for start in range(0, len(self.node), _AT_A_TIME):
+            yield from self.decisions.traced(self.node[start : start + _AT_A_TIME], self.cheapest)
+
+
+class _Decisions:
+    """Which state came from which by giving a unit which level; states are numbered through."""
+
+    def __init__(self) -> None:
+        self._units: list[int] = []
+        self._levels: list[NDArray[np.int64]] = []
+        self._before: list[NDArray[np.int64]] = []
+        self._starts = [0]
+
+    def add(self, unit: int, levels: NDArray[np.int64], before: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers of the new states."""
+        self._units.append(unit)
+        self._levels.append(levels)
+        self._before.append(before)
+        start = self._starts[-1]
+        self._starts.append(start + len(levels))
+        return np.arange(start, start + len(levels))
+
+    def traced(self, nodes: NDArray[np.int64], cheapest: Choice) -> NDArray[np.int64]:
+        """(states, units): the decisions that led to some states, and the cheapest level where there was none."""
+        choices, nodes = np.tile(cheapest, (len(nodes), 1)), nodes.copy()
+        for block in reversed(range(len(self._units))):
+            here = np.flatnonzero(nodes >= self._starts[block])
+            place = nodes[here] - self._starts[block]
+            choices[here, self._units[block]] = self._levels[block][place]
+            nodes[here] = self._before[block][place]
+        return choices
+
+
+class _States(NamedTuple):
+    cost: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    node: NDArray[np.int64]
+
+    def undominated(self, room: float) -> _States:
+        order = np.lexsort((self.loss, self.cost))  # stable: of equal states, the first
+        order = order[self.cost[order] <= room]
+        lowest_before = np.concatenate([[np.inf], np.minimum.accumulate(self.loss[order])[:-1]])
+        kept = order[self.loss[order] < lowest_before]
+        return _States(self.cost[kept], self.loss[kept], self.node[kept])
+
+
+def non_dominated_ends(problem: Problem, costs: NDArray[np.float64], room: float, max_states: int) -> Ends | None:
+    """Every non-dominated allocation within the room, or None if more than `max_states` states would have to be kept.
+
+    Args:
+        problem: plain and without interactions.
+        costs: as `Problem.above_least` counts them, so that every partial allocation within the room can be completed.
+        room: the most that these may add up to.
+        max_states: at any time.
+    """
+    assert problem.losses is not None
+    decisions = _Decisions()
+    states = _States(np.zeros(1), np.zeros(1), np.array([-1]))
+
+    def decided(states: _States, unit: int, levels: Sequence[int]) -> _States:
+        assert problem.losses is not None
+        allowed = [level for level in levels if problem.available[unit, level] and costs[unit, level] <= room]
+        cost = (costs[unit, allowed][:, None] + states.cost).ravel()
+        loss = (problem.losses[unit, allowed][:, None] + states.loss).ravel()
+        grown = _States(cost, loss, np.arange(len(cost))).undominated(room)
+        before, level = grown.node % len(states.node), np.array(allowed, dtype=np.int64)[grown.node // len(states.node)]
+        return _States(grown.cost, grown.loss, decisions.add(unit, level, states.node[before]))
+
+    for unit in problem.outer.tolist():
+        ways = []
+        for levels, inside in _ways(problem, unit):
+            way = decided(states, unit, levels)
+            for child in inside:
+                if len(way.node) > max_states:
+                    return None
+                way = decided(way, child, range(problem.shape[1]))
+            ways.append(way)
+        states = ways[0] if len(ways) == 1 else _States(*map(np.concatenate, zip(*ways, strict=True))).undominated(room)
+        if len(states.node) > max_states:
             return None
-        history.append((order % len(state_cost), levels[order // len(state_cost)]))
-        state_cost, state_loss = cost[order], loss[order]
-    return _trace(history, len(state_cost) - 1)
+    return Ends(states.cost, states.loss, states.node, decisions, problem.shares.argmin(axis=1))
 
 
-def _trace(history: list[tuple[NDArray[np.int64], NDArray[np.int64]]], state: int) -> Choice:
-    choice = np.empty(len(history), dtype=np.int64)
-    for unit in range(len(history) - 1, -1, -1):
-        before, level = history[unit]
-        choice[unit], state = level[state], before[state]
-    return choice
+def _ways(problem: Problem, unit: int) -> list[tuple[list[int], list[int]]]:
+    """The levels of a unit, those together that leave the same nested units present, with these units."""
+    places = {level: inside for (parent, level), inside in problem.nested.items() if parent == unit}
+    everyone = [child for inside in places.values() for child in inside]
+    ways = [([level for level in range(problem.shape[1]) if level not in places], everyone)]
+    ways += [([level], [child for child in everyone if child not in inside]) for level, inside in places.items()]
+    return [(levels, inside) for levels, inside in ways if problem.available[unit, levels].any()]
 
 
-def _on_grid(
+def on_grid(
+    problem: Problem,
     costs: NDArray[np.float64],
-    losses: NDArray[np.float64],
+    room: float,
     step: float,
-    steps: int,
     rounding: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-) -> Choice:
-    choice = _non_dominated(rounding(costs / step), losses, float(steps), steps + 1)
-    assert choice is not None  # whole costs from 0 to `steps` make at most `steps + 1` states
-    return choice
+) -> Ends:
+    """The same with costs rounded to whole steps, of which there are then never more states than fit in the room."""
+    steps = math.ceil(room / step)
+    ends = non_dominated_ends(problem, rounding(costs / step), float(steps), steps + 1)
+    assert ends is not None
+    return ends

@@ -6,9 +6,10 @@ part, and only a better one replaces it. Losses of the problem are not used: wha
 because a sum of layer errors is not a safe objective for language models.
 
 Against the published program: units may differ in size and budgets may be several (see `_moves.py`); the two units of a
-switch are different ones, where EvoPress lets a switch undo itself; a tie keeps the parent; losses of different draws
-are never compared, so a search whose last round sees a sample only ends with one more round on all the data,
-between its start and its last parents. Hence no search ends above its start on the data that it searched.
+switch are different ones, where EvoPress lets a switch undo itself; a tie keeps the parent; what was measured on all of
+the data is not born again, so that a parent without better neighbours nearby is given remoter ones; losses of different
+draws are never compared, so a search whose last round sees a sample only ends with one more round on all the data,
+between its start and its last parents (`_incumbent.py`).
 
 Every generation has a random generator of its own, made from the seed and its number. A search that was stopped, saved,
 loaded and continued therefore takes the same course as one that never stopped.
@@ -18,11 +19,10 @@ Left out: several parents, and crossover; EvoPress found one parent enough.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -30,17 +30,24 @@ from numpy.typing import ArrayLike
 
 from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers._ilp import any_feasible
+from layerwise.solvers._incumbent import (
+    FINALISTS,
+    MOST_TRIES,
+    Incumbent,
+    Measured,
+    as_choice,
+    best_of,
+    digest,
+    distinct,
+    given_start,
+)
+from layerwise.solvers._ledger import Clock, Ledger, check_identity, identity, stream, told
 from layerwise.solvers._moves import Moves
 from layerwise.solvers._uniform import uniform
 from layerwise.solvers.presets import find_preset
 from layerwise.solvers.problem import Choice, Problem, Solution
 from layerwise.solvers.search import Ask
-
-_FINALISTS = 4
-"""Parents besides the start that the closing round may compare: the last one and those before it."""
-
-_MOST_TRIES = 50
-"""Mutants in a row that may be unusable or known before a generation goes on with the offspring it has."""
+from layerwise.solvers.stopping import Stop
 
 _MUTATION, _DRAW = 0, 1  # the two random streams of a generation
 
@@ -55,49 +62,31 @@ class _Settings:
     max_switches: int
     initially_generated: int
     initial_tokens: int | None
-    patience: int | None
-    max_tokens: int | None
     total_tokens: int | None
+    stop: Stop
 
     def __post_init__(self) -> None:
         if not self.survivors or len(self.survivors) != len(self.tokens):
             raise UsageError(f"survivors {self.survivors} and tokens {self.tokens} must name the same rounds")
         if self.survivors[-1] != 1:
             raise UsageError(f"the last round must leave one survivor, found {self.survivors[-1]}")
-        least = {
-            "seed": 0,
-            "generations": 0,
-            "offspring": 1,
-            "max_switches": 1,
-            "initially_generated": 1,
-            "patience": 1,
-        }
+        least = {"seed": 0, "generations": 0, "offspring": 1, "max_switches": 1, "initially_generated": 1}
         for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise UsageError(f"{name} must be at least {bound}, found {value}")
-        counts = [*self.survivors, *self.tokens, self.initial_tokens, self.max_tokens, self.total_tokens]
-        if any(count is not None and count < 1 for count in counts):
-            raise UsageError("survivors and numbers of tokens must be at least 1")
-        if self.max_tokens is not None and self.total_tokens is None:
-            raise UsageError("max_tokens needs total_tokens, because the closing round uses all of the search data")
+            if getattr(self, name) < bound:
+                raise UsageError(f"{name} must be at least {bound}, found {getattr(self, name)}")
+        if min(self.survivors) < 1:
+            raise UsageError(f"every round must leave at least one survivor, found {self.survivors}")
 
     @property
-    def samples_to_the_end(self) -> bool:
-        """True if even the last round sees only a part of the data."""
+    def closes(self) -> bool:
+        """True if even the last round sees only a part of the data, so that a closing round is needed."""
         return self.tokens[-1] is not None
 
-    def cost(self, n_candidates: int, tokens: int | None) -> int | None:
-        """Tokens that a round takes; None where the amount of data is not known."""
-        each = self.total_tokens if tokens is None else tokens
-        return None if each is None else n_candidates * each
-
-    def reserve(self) -> int:
-        """Tokens of one full generation and the closing round. Asked only with `max_tokens`, so all data is counted."""
+    def rounds_to_come(self) -> list[tuple[int, int | None]]:
+        """The rounds of one full generation and the closing round, as (candidates, tokens of each)."""
         sizes = [self.offspring, *self.survivors[:-1]]
         sizes[-1] += 1  # the parent
-        rounds = [*zip(sizes, self.tokens, strict=True), *([(_FINALISTS + 1, None)] if self.samples_to_the_end else [])]
-        return sum(self.cost(size, tokens) or 0 for size, tokens in rounds)
+        return [*zip(sizes, self.tokens, strict=True), *([(FINALISTS, None)] if self.closes else [])]
 
 
 class Evolve:
@@ -122,10 +111,9 @@ class Evolve:
         max_switches: the most level switches between parent and offspring.
         initially_generated: see `start`.
         initial_tokens: see `start`; by default as in the first round.
-        patience: stop after so many generations in a row without a better parent.
-        max_tokens: start no generation that could take the search above so many evaluated tokens in all, the closing
-            round included. Needs `total_tokens`. The initial and the closing round always run.
         total_tokens: how much data there is. Rounds that ask for as much or more become "all of it".
+        stop: when to end before the last generation. Patience counts generations without a better parent.
+        clock: for `Stop.seconds`.
     Raises:
         InfeasibleBudget: no allocation is within the budgets.
         UsageError: settings that do not fit together, or a start outside the budgets.
@@ -146,44 +134,39 @@ class Evolve:
         max_switches: int | None = None,
         initially_generated: int | None = None,
         initial_tokens: int | None = None,
-        patience: int | None = None,
-        max_tokens: int | None = None,
         total_tokens: int | None = None,
+        stop: Stop = Stop(),
+        clock: Clock = time.monotonic,
     ) -> None:
         base = find_preset(preset or "evopress-quantization")
         generations = base.generations if generations is None else generations
         if generations is None:
             raise UsageError(f"preset {preset} leaves generations to you", hint="see depth_generations")
 
-        def amount(wanted: int | None) -> int | None:
-            return None if wanted is None or (total_tokens is not None and wanted >= total_tokens) else wanted
-
+        given = given_start(problem, start)
         rounds = base.tokens if tokens is None else tuple(tokens)
+        self._ledger = ledger = Ledger(stop, total_tokens, clock)
         self._settings = _Settings(
             seed=seed,
             generations=generations,
             offspring=base.offspring if offspring is None else offspring,
             survivors=base.survivors if survivors is None else tuple(survivors),
-            tokens=tuple(amount(wanted) for wanted in rounds),
+            tokens=tuple(ledger.amount(wanted) for wanted in rounds),
             max_switches=base.max_switches if max_switches is None else max_switches,
             initially_generated=base.initially_generated if initially_generated is None else initially_generated,
-            initial_tokens=amount((rounds or (None,))[0] if initial_tokens is None else initial_tokens),
-            patience=patience,
-            max_tokens=max_tokens,
+            initial_tokens=ledger.amount((rounds or (None,))[0] if initial_tokens is None else initial_tokens),
             total_tokens=total_tokens,
+            stop=stop,
         )
-        self._problem, self._tied = problem, problem.tied()
-        self._moves = Moves(self._tied)
-        self._identity = _identity(self._tied, self._settings, start)
+        self._problem, self._plain = problem, problem.plain()
+        self._moves = Moves(self._plain)
+        self._identity = identity(self._plain, given, {"search": "evolve", **asdict(self._settings)})
         self._phase: Literal["start", "select", "close", "done"] = "start"
-        self._generation = self._round = self._stale = self._evaluations = 0
-        self._spent: int | None = 0
-        self._parent = self._first(start)
-        self._parent_loss: float | None = None
-        self._parent_complete = False  # its loss was measured on all of the data
-        self._ancestors: list[Choice] = []  # former parents, the start first, then the most recent ones
+        self._generation = self._round = 0
+        self._parent = Incumbent(self._plain, self._floor() if given is None else given)
         self._pool: list[Choice] = []
-        if start is None and self._moves.can_rise(self._parent):
+        self._settled: set[str] = set()  # what was measured on all of the data, as digests
+        if given is None and self._moves.can_rise(self._parent.choice):
             self._pool = self._random_fills()
         if not self._pool:
             self._next_generation()
@@ -201,12 +184,12 @@ class Evolve:
     @property
     def evaluations(self) -> int:
         """How many candidates were evaluated so far, one in several rounds counted several times."""
-        return self._evaluations
+        return self._ledger.evaluations
 
     @property
     def evaluated_tokens(self) -> int | None:
         """How many tokens these evaluations took; None once all data was used and `total_tokens` is not known."""
-        return self._spent
+        return self._ledger.tokens
 
     @property
     def best(self) -> Solution:
@@ -214,14 +197,13 @@ class Evolve:
 
         None where nothing was measured yet, or every evaluation failed.
         """
-        return replace(self._problem.solution(self._problem.expand(self._parent)), loss=self._parent_loss)
+        return self._parent.solution(self._problem)
 
     def ask(self) -> Ask:
         """The candidates to evaluate next; the same answer until `tell` is called."""
         if self.done:
             raise UsageError("the search is done; there is nothing left to evaluate")
-        rng = self._rng(self._generation, _DRAW)
-        draws = rng.integers(2**32, size=len(self._settings.tokens) + 1)
+        draws = self._rng(_DRAW).integers(2**32, size=len(self._settings.tokens) + 1)
         return Ask(
             candidates=tuple(self._problem.expand(candidate) for candidate in self._candidates()),
             tokens=self._tokens(),
@@ -237,26 +219,20 @@ class Evolve:
         """
         if self.done:
             raise UsageError("the search is done; there is nothing left to tell")
-        candidates = self._candidates()
-        if len(losses) != len(candidates):
-            raise UsageError(f"{len(losses)} losses told for {len(candidates)} candidates asked")
-        values = [float(loss) for loss in losses]
-        self._evaluations += len(values)
-        cost = self._settings.cost(len(values), self._tokens())
-        self._spent = None if cost is None or self._spent is None else self._spent + cost
-        ranked = sorted((index for index, loss in enumerate(values) if math.isfinite(loss)), key=values.__getitem__)
-        if self._phase == "select" and not self._in_last_round():
-            self._keep([candidates[index] for index in ranked[: self._settings.survivors[self._round]]])
-        elif self._phase == "select":
-            self._compare_with_parent(values, ranked)
+        candidates, tokens = self._candidates(), self._tokens()
+        values = told(losses, len(candidates))
+        self._ledger.enter(len(values), tokens)
+        measured = list(zip(candidates, values, strict=True))
+        if tokens is None:
+            self._settled.update(digest(self._plain, candidate) for candidate in candidates)
+        if self._phase == "select":
+            self._select(measured)
+            return
+        self._parent.adopt(*(best_of(measured) or (candidates[0], math.nan)), complete=tokens is None)
+        if self._phase == "start":
             self._next_generation()
         else:
-            best = ranked[0] if ranked else 0
-            self._adopt(candidates[best], values[best] if ranked else None)
-            if self._phase == "start":
-                self._next_generation()
-            else:
-                self._phase, self._pool = "done", []
+            self._phase, self._pool = "done", []
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on in another process, as plain JSON; also between `ask` and `tell`."""
@@ -266,13 +242,9 @@ class Evolve:
             "phase": self._phase,
             "generation": self._generation,
             "round": self._round,
-            "stale": self._stale,
-            "evaluations": self._evaluations,
-            "spent": self._spent,
-            "parent": self._parent.tolist(),
-            "parent_loss": self._parent_loss,
-            "parent_complete": self._parent_complete,
-            "ancestors": [ancestor.tolist() for ancestor in self._ancestors],
+            "parent": self._parent.state_dict(),
+            "ledger": self._ledger.state_dict(),
+            "settled": sorted(self._settled),
             "pool": [candidate.tolist() for candidate in self._pool],
         }
 
@@ -282,19 +254,16 @@ class Evolve:
         Raises:
             UsageError: the state belongs to a search with another problem, start or settings.
         """
-        if state.get("version") != 1 or state.get("identity") != self._identity:
-            raise UsageError("the saved state belongs to a search with another problem, start or settings")
-        self._phase = state["phase"]
-        self._generation, self._round, self._stale = state["generation"], state["round"], state["stale"]
-        self._evaluations, self._spent = state["evaluations"], state["spent"]
-        self._parent = np.array(state["parent"], dtype=np.int64)
-        self._parent_loss, self._parent_complete = state["parent_loss"], state["parent_complete"]
-        self._ancestors = [np.array(ancestor, dtype=np.int64) for ancestor in state["ancestors"]]
-        self._pool = [np.array(candidate, dtype=np.int64) for candidate in state["pool"]]
+        check_identity(state, self._identity)
+        self._phase, self._generation, self._round = state["phase"], state["generation"], state["round"]
+        self._parent.load_state_dict(state["parent"])
+        self._ledger.load_state_dict(state["ledger"])
+        self._settled = set(state["settled"])
+        self._pool = [as_choice(levels) for levels in state["pool"]]
 
     def _candidates(self) -> list[Choice]:
-        """What is being asked for, in tied units: the pool, with the parent last in the last round."""
-        return [*self._pool, self._parent] if self._phase == "select" and self._in_last_round() else self._pool
+        """What is being asked for, in plain units: the pool, with the parent last in the last round."""
+        return [*self._pool, self._parent.choice] if self._phase == "select" and self._in_last_round() else self._pool
 
     def _in_last_round(self) -> bool:
         return self._round == len(self._settings.tokens) - 1
@@ -304,28 +273,20 @@ class Evolve:
             return self._settings.initial_tokens
         return self._settings.tokens[self._round] if self._phase == "select" else None
 
-    def _keep(self, survivors: list[Choice]) -> None:
-        """Go on to the next round, or to the next generation if every candidate failed."""
-        self._pool = survivors
-        self._round += 1
-        if not survivors:
-            self._stale += 1
+    def _select(self, measured: list[Measured]) -> None:
+        """Keep the best for the next round or, after the last one, as parent."""
+        if self._in_last_round():
+            *offspring, (_, own) = measured
+            better = self._parent.defend(own, offspring, complete=self._tokens() is None)
+            self._ledger.stale = 0 if better else self._ledger.stale + 1
             self._next_generation()
-
-    def _compare_with_parent(self, losses: list[float], ranked: list[int]) -> None:
-        """The last round: `losses` ends with the parent's."""
-        parent_loss = losses[-1] if math.isfinite(losses[-1]) else None
-        if ranked and (parent_loss is None or losses[ranked[0]] < parent_loss):
-            self._ancestors = [*self._ancestors[:1], *[*self._ancestors[1:], self._parent][-_FINALISTS + 1 :]]
-            self._adopt(self._pool[ranked[0]], losses[ranked[0]])
-            self._stale = 0
-        else:
-            self._adopt(self._parent, parent_loss)
-            self._stale += 1
-
-    def _adopt(self, parent: Choice, loss: float | None) -> None:
-        self._parent, self._parent_loss = parent, loss
-        self._parent_complete = loss is not None and self._tokens() is None
+            return
+        ranked = sorted((pair for pair in measured if not math.isnan(pair[1])), key=lambda pair: pair[1])
+        self._pool = [choice for choice, _ in ranked[: self._settings.survivors[self._round]]]
+        self._round += 1
+        if not self._pool:
+            self._ledger.stale += 1
+            self._next_generation()
 
     def _next_generation(self) -> None:
         """Begin the next generation that has offspring; without one, close the search."""
@@ -335,76 +296,47 @@ class Evolve:
             self._pool = self._offspring()
             if self._pool:
                 return
-            self._stale += 1
+            self._ledger.stale += 1
         self._close()
 
     def _exhausted(self) -> bool:
-        settings = self._settings
-        if settings.max_tokens is not None and (self._spent or 0) + settings.reserve() > settings.max_tokens:
+        if self._generation >= self._settings.generations or self._ledger.over(self._parent.complete_loss):
             return True
-        patient = settings.patience is None or self._stale < settings.patience
-        return self._generation >= settings.generations or not patient
+        return not self._ledger.affords(self._settings.rounds_to_come())
 
     def _close(self) -> None:
         """Compare the start with the last parents on all the data, unless every last round has done so."""
-        if self._parent_complete:
+        if self._parent.complete:
             self._phase, self._pool = "done", []
             return
         self._phase, self._round = "close", len(self._settings.tokens)
-        self._pool = _distinct([self._parent, *reversed(self._ancestors)])  # of equals, the later parent
+        self._pool = self._parent.finalists()
 
-    def _first(self, start: Solution | ArrayLike | None) -> Choice:
-        """The parent of the first generation, or what random fills go up from."""
-        if start is None:
-            self._problem.check_budgets()
-            try:
-                return self._problem.fold(uniform(self._problem).choice)
-            except InfeasibleBudget:  # no common level fits; a mixture may
-                return self._problem.fold(any_feasible(self._problem))
-        choice = start.choice if isinstance(start, Solution) else start
-        folded = self._problem.fold(choice)
-        if not self._tied.feasible(folded):
-            over = [
-                f"{cost:.6g} {resource} of {self._problem.budgets[resource]:.6g}"
-                for resource, cost in self._tied.cost(folded).items()
-                if resource in self._tied.limits
-            ]
-            raise UsageError(f"the start has an unavailable level or is outside the budgets: {', '.join(over)}")
-        return folded
+    def _floor(self) -> Choice:
+        """What random fills go up from: the uniform level or, where no common level fits, a mixture that does."""
+        try:
+            return self._problem.fold(uniform(self._problem).choice)
+        except InfeasibleBudget:
+            return self._problem.fold(any_feasible(self._problem))
 
     def _random_fills(self) -> list[Choice]:
-        rng = self._rng(0, _MUTATION)
-        return _distinct([self._moves.filled(self._parent, rng) for _ in range(self._settings.initially_generated)])
+        rng, wanted = self._rng(_MUTATION), self._settings.initially_generated
+        return distinct(self._plain, [self._moves.filled(self._parent.choice, rng) for _ in range(wanted)])
 
     def _offspring(self) -> list[Choice]:
-        """Mutants of the parent, none like it or like another."""
-        rng = self._rng(self._generation, _MUTATION)
+        """Mutants of the parent, none like it, like another, or like one that was measured on all of the data."""
+        rng, parent = self._rng(_MUTATION), self._parent.choice
         offspring: list[Choice] = []
-        known = {self._parent.tobytes()}
+        known = {digest(self._plain, parent), *self._settled}
         tries = 0
-        while len(offspring) < self._settings.offspring and tries < _MOST_TRIES:
+        while len(offspring) < self._settings.offspring and tries < MOST_TRIES:
             tries += 1
-            mutant = self._moves.mutated(self._parent, rng, self._settings.max_switches)
-            if mutant is not None and mutant.tobytes() not in known:
-                known.add(mutant.tobytes())
+            mutant = self._moves.mutated(parent, rng, self._settings.max_switches)
+            if mutant is not None and (name := digest(self._plain, mutant)) not in known:
+                known.add(name)
                 offspring.append(mutant)
                 tries = 0
         return offspring
 
-    def _rng(self, generation: int, stream: int) -> np.random.Generator:
-        key = np.array([self._settings.seed, generation], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
-
-
-def _distinct(choices: Sequence[Choice]) -> list[Choice]:
-    return list({choice.tobytes(): choice for choice in reversed(choices)}.values())[::-1]
-
-
-def _identity(problem: Problem, settings: _Settings, start: Solution | ArrayLike | None) -> str:
-    """A hash of everything that decides the course of a search, so that a state is not continued by another one."""
-    digest = hashlib.sha256(json.dumps([asdict(settings), dict(problem.budgets), problem.shape]).encode())
-    for resource in sorted(problem.costs):
-        digest.update(resource.encode() + problem.costs[resource].tobytes())
-    if start is not None:
-        digest.update(np.asarray(start.choice if isinstance(start, Solution) else start, dtype=np.int64).tobytes())
-    return digest.hexdigest()
+    def _rng(self, purpose: int) -> np.random.Generator:
+        return stream(self._settings.seed, self._generation, purpose)

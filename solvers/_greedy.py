@@ -5,6 +5,8 @@ upgrade may jump over levels: a level that is hardly better than the one before 
 lower convex hull) would otherwise hide the good one behind it. With one budget the trades climb each unit's hull, so
 the answer is the optimum of the linear program up to the last trades, where whole levels no longer fit.
 
+Blocks with units inside climb the hull of the block as a whole (`_nested.py`).
+
 Left out: trading back. A level once taken is only ever exchanged for one with less loss, so `ilp` and `dp` can be
 lower.
 """
@@ -18,9 +20,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from layerwise.errors import UsageError
+from layerwise.errors import InfeasibleBudget
 from layerwise.solvers._ilp import any_feasible
-from layerwise.solvers.problem import ROUNDING, Choice, Problem, Solution
+from layerwise.solvers._nested import flattened
+from layerwise.solvers.problem import ROUNDING, Choice, Problem, Solution, require_separable
 
 
 class _Upgrade(NamedTuple):
@@ -43,15 +46,16 @@ def greedy(problem: Problem) -> Solution:
         problem: any number of budgets; needs losses.
     Raises:
         InfeasibleBudget: a budget is out of reach, alone or together with the others.
-        UsageError: a problem without losses.
+        UsageError: a problem without losses, or with interactions.
     """
     started = time.perf_counter()
-    if problem.losses is None:
-        raise UsageError("greedy needs losses, and this problem has none", hint="give losses, or use uniform or Evolve")
-    choice = problem.fold(any_feasible(problem))
-    tied = problem.tied()
-    climb = _Climb(tied, choice)
-    heap = [upgrade for unit in range(len(choice)) if (upgrade := climb.best(unit)) is not None]
+    require_separable("greedy", problem)
+    problem.check_budgets()
+    plain = problem.plain()
+    if plain.nested:
+        return problem.solution(problem.expand(_through_blocks(plain)), seconds=time.perf_counter() - started)
+    climb = _Climb(plain, any_feasible(plain))
+    heap = [upgrade for unit in range(plain.shape[0]) if (upgrade := climb.best(unit)) is not None]
     heapq.heapify(heap)  # one upgrade per unit at any time
     while heap:
         upgrade = heapq.heappop(heap)
@@ -61,6 +65,15 @@ def greedy(problem: Problem) -> Solution:
         if following is not None:
             heapq.heappush(heap, following)
     return problem.solution(problem.expand(climb.choice), seconds=time.perf_counter() - started)
+
+
+def _through_blocks(problem: Problem) -> Choice:
+    """Climb the hulls of the blocks; where none of their points is within all limits, take any allocation that is."""
+    flat = flattened(problem)
+    try:
+        return flat.expand(greedy(flat.problem).choice)
+    except InfeasibleBudget:  # of several limits at a time; other allocations of the blocks may be within
+        return any_feasible(problem)
 
 
 class _Climb:

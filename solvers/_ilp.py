@@ -1,12 +1,10 @@
 """Exact allocation under any number of budgets, as an integer program.
 
-    minimise   sum_ul loss_ul x_ul
-    such that  sum_l x_ul = 1 for every unit,   sum_ul cost_ul x_ul <= budget for every resource,   x binary.
-
-The model is PuLP's; HiGHS (through highspy) or CBC (bundled with PuLP) solves it on one thread, because more threads
+The program is that of `_program.py` with binary x; the z of interactions need not be binary, because they follow from
+x. The model is PuLP's; HiGHS (through highspy) or CBC (bundled with PuLP) solves it on one thread, because more threads
 make the choice among equal optima depend on timing. These solvers work with absolute tolerances around 1e-6, so the
-numbers are scaled first: losses are counted above each unit's least and scaled so that the answer is far above the
-tolerance, budgets are scaled likewise, and whatever comes back is checked against the unscaled problem.
+numbers are scaled first: losses are scaled so that the answer is far above the tolerance, budgets likewise, and
+whatever comes back is checked against the unscaled problem.
 
 Left out: a warm start (PuLP hands one to CBC only), and a choice among equal optima by cost (that would be a second
 program); `dp` prefers the cheaper one.
@@ -16,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.errors import InfeasibleBudget, LayerwiseError, UsageError
-from layerwise.solvers.problem import Choice, Problem, Solution
+from layerwise.solvers._program import Program, linear_program
+from layerwise.solvers.problem import LOSS, PROVEN, Choice, Problem, Solution, require_losses
 
 Backend = Literal["HiGHS", "CBC"]
 
@@ -33,14 +33,12 @@ _SCALE = 1e6
 _SMALL = 1e-3
 """An answer that came out below this share of what it was scaled for is solved again with a better scale."""
 
-_PROVEN = 1e-9
-"""Relative gap up to which an answer counts as the optimum."""
-
 
 @dataclass(frozen=True)
 class _Answer:
-    choice: Choice
-    bound: float | None  # on the objective; None where the backend gives none
+    choice: Choice  # of the plain problem
+    above: float  # its objective, above the least
+    bound: float | None  # on that; None where the backend gives none
     finished: bool
 
 
@@ -48,7 +46,8 @@ def ilp(problem: Problem, time_limit: float | None = None, backend: Backend = "H
     """Solve the problem to proven optimality.
 
     Args:
-        problem: any number of budgets; needs losses.
+        problem: any number of budgets, nested units, interactions; needs losses. Not the reverse form with
+            interactions.
         time_limit: seconds, None for no limit. The best allocation found by then is returned with status "time_limit"
             and, from HiGHS, the bound proven so far. Which one that is depends on the machine.
         backend: "HiGHS" or "CBC".
@@ -60,21 +59,19 @@ def ilp(problem: Problem, time_limit: float | None = None, backend: Backend = "H
     started = time.perf_counter()
     if backend not in ("HiGHS", "CBC"):
         raise UsageError(f"unknown backend {backend}", hint="choose HiGHS or CBC")
-    if problem.losses is None:
-        raise UsageError("ilp needs losses, and this problem has none", hint="give losses, or use uniform or Evolve")
+    require_losses("ilp", problem)
     problem.check_budgets()
-    tied = problem.tied()
-    assert tied.losses is not None
+    program = linear_program(problem.plain())
     deadline = None if time_limit is None else started + time_limit
-    least = tied.losses.min(axis=1)
-    answer = _solve_to_precision(tied, tied.losses - least[:, None], deadline, backend)
-    bound = None if answer.bound is None else math.fsum([*least, answer.bound])
+    answer = _solve_to_precision(problem, program, deadline, backend)
+    bound = None if answer.bound is None else program.least + answer.bound
     solution = problem.solution(problem.expand(answer.choice))
-    assert solution.loss is not None
-    proven = answer.finished and bound is not None and solution.loss - bound <= _PROVEN * abs(solution.loss)
+    assert solution.objective is not None
+    precision = PROVEN * max(abs(solution.objective), answer.above)
+    proven = answer.finished and bound is not None and solution.objective - bound <= precision
     return replace(
         solution,
-        lower_bound=None if bound is None else min(bound, solution.loss),
+        lower_bound=None if bound is None else min(bound, solution.objective),
         status="optimal" if proven else "feasible" if answer.finished else "time_limit",
         seconds=time.perf_counter() - started,
     )
@@ -84,104 +81,137 @@ def any_feasible(problem: Problem) -> Choice:
     """Some allocation within all budgets, near the cheapest, in the problem's own units.
 
     With one budget it is the cheapest allocation. With several, where the cheapest one by shares breaks one of them,
-    finding any is already a hard problem, and the integer program decides it.
+    finding any is already a hard problem, and the integer program decides it. Absent units get their cheapest level.
 
     Raises:
         InfeasibleBudget: there is none.
+        UsageError: the reverse form of a problem with interactions.
     """
     problem.check_budgets()
-    tied = problem.tied()
-    cheapest: Choice = tied.shares.argmin(axis=1)
-    if not tied.feasible(cheapest):
-        cheapest = tied.fold(ilp(replace(tied, losses=tied.shares)).choice)
-    return problem.expand(cheapest)
+    plain = problem.plain()
+    choice = plain.lowest(plain.shares)
+    if not plain.feasible(choice):
+        choice = ilp(plain.variant(losses=plain.shares, interactions={})).choice
+    return problem.expand(choice)
 
 
-def _solve_to_precision(
-    problem: Problem, losses: NDArray[np.float64], deadline: float | None, backend: Backend
-) -> _Answer:
-    """Minimise losses whose least is 0 in every unit, with a scale that suits the answer.
+def joint_shortage(problem: Problem, solve: Callable[[Problem], Solution]) -> InfeasibleBudget:
+    """Why nothing fits although each limit alone is within reach: what the last one needs under the others.
+
+    Args:
+        problem: has no allocation within its limits.
+        solve: an exact solver.
+    """
+    *names, last = problem.limits
+    others = {resource: problem.budgets[resource] for resource in names}
+    if last == LOSS and problem.minimize != LOSS:
+        wanted, rest = problem.max_loss, problem.variant(minimize=LOSS, max_loss=math.inf)
+    else:
+        wanted = problem.budgets[last]
+        rest = problem.variant(
+            budgets=others, losses=problem.costs[last], interactions={}, minimize=LOSS, max_loss=math.inf
+        )
+    try:
+        best = solve(rest)
+    except InfeasibleBudget as smaller:
+        return smaller
+    reachable = best.loss
+    assert reachable is not None and reachable > wanted, "the solver called a problem infeasible that is not"
+    within = " and ".join(f"{budget:.6g} {resource}" for resource, budget in others.items())
+    return InfeasibleBudget(
+        last,
+        wanted,
+        reachable,
+        f"the budgets are only jointly infeasible: within {within}, the least reachable "
+        f"{last} is {reachable:.6g}, above the budget {wanted:.6g} (short by {reachable - wanted:.6g})",
+    )
+
+
+def _solve_to_precision(problem: Problem, program: Program, deadline: float | None, backend: Backend) -> _Answer:
+    """Solve with a scale that suits the answer.
 
     The answer is not known beforehand. If it comes out far below what it was scaled for, one harmful level somewhere
-    has set the scale; levels that alone exceed the answer are then barred, and the rest is solved again.
+    has set the scale; whatever alone exceeds the answer is then cut down to twice the answer, which still rules it out,
+    and the rest is solved again.
     """
-    expected = math.fsum(np.where(np.isfinite(losses), losses, 0.0).max(axis=1))
+    losses, penalties = program.losses, program.penalties.weight
+    most = np.zeros(program.problem.shape[0])
+    np.maximum.at(most, program.unit, losses)
+    expected = math.fsum([*most.tolist(), *penalties.tolist()])
     best: _Answer | None = None
     while True:
-        unit = expected if expected > 0 else 1.0
-        answer = _solve(problem, losses / unit * _SCALE, deadline, backend)
+        scale = _SCALE / (expected or 1.0)
+        answer = _solve(problem, program, losses * scale, penalties * scale, deadline, backend)
         if answer is None:
             break
-        found = _sum_at(losses, answer.choice)
-        bound = None if answer.bound is None else max(0.0, answer.bound / _SCALE * unit)
-        if best is None or found <= _sum_at(losses, best.choice):
-            best = replace(answer, bound=bound)
+        if best is None or answer.above <= best.above:
+            best = replace(answer, bound=None if answer.bound is None else max(0.0, answer.bound / scale))
+        found = answer.above
         if not answer.finished or found == 0 or found >= expected * _SMALL:  # else the tolerance is too near
             return replace(best, finished=answer.finished)
-        losses = np.where(losses <= found, losses, np.inf)
+        losses, penalties = np.minimum(losses, 2 * found), np.minimum(penalties, 2 * found)
         expected = found
     if best is None:
         raise LayerwiseError(f"{backend} found no allocation in time", hint="raise the time limit")
     return replace(best, finished=False)
 
 
-def _sum_at(losses: NDArray[np.float64], choice: Choice) -> float:
-    return math.fsum(losses[np.arange(len(choice)), choice])
-
-
-def _solve(problem: Problem, losses: NDArray[np.float64], deadline: float | None, backend: Backend) -> _Answer | None:
-    """Minimise scaled losses (`inf` = barred) over a problem without groups; None if the time was too short for any.
+def _solve(
+    problem: Problem,
+    program: Program,
+    losses: NDArray[np.float64],
+    penalties: NDArray[np.float64],
+    deadline: float | None,
+    backend: Backend,
+) -> _Answer | None:
+    """Minimise scaled losses, (switches,), and penalties, (pairs,); None if the time was too short for any answer.
 
     The solver's tolerance may let a budget slip by a hair; such an answer is cut off and the rest solved again.
     """
     import pulp
 
-    model, switches = _model(problem, losses)
+    if program.impossible:
+        raise joint_shortage(problem, ilp)
+    model, switches = _model(program, losses, penalties)
     while True:
         model.solve(_backend(backend, None if deadline is None else max(0.0, deadline - time.perf_counter())))
         if model.status == pulp.LpStatusInfeasible:
-            raise _joint_shortage(problem)
+            raise joint_shortage(problem, ilp)
         if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
             return None
-        choice = np.array([max(row, key=lambda level: row[level].varValue) for row in switches], dtype=np.int64)
-        if problem.feasible(choice):
+        choice = program.choice(np.array([x.varValue for x in switches]))
+        if program.problem.feasible(choice):
             finished = model.sol_status == pulp.LpSolutionOptimal
-            return _Answer(choice, _bound(model, backend, finished), finished)
-        chosen = [(row[level], 1) for row, level in zip(switches, choice.tolist(), strict=True)]
+            return _Answer(choice, program.above(choice), _bound(model, backend, finished), finished)
+        chosen = [(switches[index], 1) for index in np.flatnonzero(program.chosen(choice)).tolist()]
         model += pulp.LpAffineExpression(chosen) <= len(chosen) - 1
 
 
-def _model(problem: Problem, losses: NDArray[np.float64]) -> tuple[Any, list[dict[int, Any]]]:
-    """The integer program, and for every unit its binary variables by level."""
+def _model(program: Program, losses: NDArray[np.float64], penalties: NDArray[np.float64]) -> tuple[Any, list[Any]]:
+    """The integer program, and its binary variables, (switches,)."""
     import pulp
 
     model = pulp.LpProblem("allocation", pulp.LpMinimize)
-    switches: list[dict[int, Any]] = [
-        {level: pulp.LpVariable(f"x_{unit}_{level}", cat=pulp.LpBinary) for level in np.flatnonzero(allowed).tolist()}
-        for unit, allowed in enumerate(np.isfinite(losses))
-    ]
-    flat = [(x, unit, level) for unit, row in enumerate(switches) for level, x in row.items()]
-    model += pulp.LpAffineExpression([(x, float(losses[unit, level])) for x, unit, level in flat])
-    for row in switches:
-        model += pulp.LpAffineExpression([(x, 1) for x in row.values()]) == 1
-    for resource, limit in problem.limits.items():
-        costs, ceiling = _scaled(problem.costs[resource], limit)
-        model += pulp.LpAffineExpression([(x, float(costs[unit, level])) for x, unit, level in flat]) <= ceiling
+    places = list(zip(program.unit.tolist(), program.level.tolist(), strict=True))
+    switches = [pulp.LpVariable(f"x_{unit}_{level}", cat=pulp.LpBinary) for unit, level in places]
+    both = [pulp.LpVariable(f"z_{pair}", lowBound=0) for pair in range(len(penalties))]
+    model += pulp.LpAffineExpression(
+        list(zip([*switches, *both], [*losses.tolist(), *penalties.tolist()], strict=True))
+    )
+    rows: list[list[Any]] = [[] for _ in range(program.problem.shape[0])]
+    for x, (unit, _) in zip(switches, places, strict=True):
+        rows[unit].append((x, 1))
+    for unit, switch in program.nested.tolist():
+        rows[unit].append((switches[switch], 1))
+    for row in rows:
+        model += pulp.LpAffineExpression(row) == 1
+    for shares in program.costs.values():
+        model += pulp.LpAffineExpression(list(zip(switches, (shares * _SCALE).tolist(), strict=True))) <= _SCALE
+    pairs = program.penalties
+    for z, a, b, sign in zip(both, pairs.first.tolist(), pairs.second.tolist(), pairs.sign.tolist(), strict=True):
+        terms = [(switches[a], 1), (switches[b], sign), (z, -1)]
+        model += pulp.LpAffineExpression(terms) <= (1 + sign) / 2
     return model, switches
-
-
-def _scaled(costs: NDArray[np.float64], limit: float) -> tuple[NDArray[np.float64], float]:
-    """The same budget in other words: costs above each unit's least, with the room that is left scaled to `_SCALE`.
-
-    Costs that do not fit in the room at all (`inf` among them) become twice the room, which says the same in numbers
-    that a solver can bear.
-    """
-    least = costs.min(axis=1)
-    room = max(0.0, math.fsum([limit, *(-least)]))
-    above = costs - least[:, None]
-    if room == 0:
-        return np.where(above > 0, _SCALE, 0.0), _SCALE / 2
-    return np.minimum(above, 2 * room) / room * _SCALE, _SCALE
 
 
 def _backend(backend: Backend, time_limit: float | None) -> Any:
@@ -198,27 +228,3 @@ def _bound(model: Any, backend: Backend, finished: bool) -> float | None:
         bound = float(model.solverModel.getInfo().mip_dual_bound)
         return bound if math.isfinite(bound) else None
     return float(model.objective.value()) if finished else None  # CBC's file format carries no bound
-
-
-def _joint_shortage(problem: Problem) -> InfeasibleBudget:
-    """Why nothing fits although each budget alone is within reach: what the last resource needs under the others."""
-    budgets: dict[str, float] = {resource: problem.budgets[resource] for resource in problem.limits}
-    resource = list(budgets)[-1]
-    others = {name: budget for name, budget in budgets.items() if name != resource}
-    try:
-        best = ilp(replace(problem, budgets=others, losses=problem.costs[resource]))
-    except InfeasibleBudget as smaller:
-        return smaller
-    reachable, budget = best.cost[resource], budgets[resource]
-    assert reachable > budget, "the solver called a problem infeasible that is not"
-    return InfeasibleBudget(
-        resource,
-        budget,
-        reachable,
-        f"the budgets are only jointly infeasible: {_within(others)}, the least reachable "
-        f"{resource} is {reachable:.6g}, above the budget {budget:.6g} (short by {reachable - budget:.6g})",
-    )
-
-
-def _within(budgets: dict[str, float]) -> str:
-    return "within " + " and ".join(f"{budget:.6g} {resource}" for resource, budget in budgets.items())

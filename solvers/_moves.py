@@ -1,9 +1,10 @@
 """Random moves between allocations that keep every budget: what an evolutionary search mutates with.
 
-A level switch moves one unit one level down and another one level up. Where levels differ by the same cost in every
-unit (equal layers, evenly spaced levels), that keeps a budget exactly, and this is EvoPress's mutation. Elsewhere one
-step down rarely pays for exactly one step up, so a switch continues until the accounts are settled. A coin decides how
-it begins:
+A level switch moves one unit one level down and another one level up. Where both steps cost the same (equal layers,
+evenly spaced levels), that keeps a budget exactly, and this is EvoPress's mutation, which it confines to units of equal
+size. A coin decides whether such a pair is looked for. Without one, or where there is none, costs can move between
+unequal units: one step down rarely pays for exactly one step up, so the switch continues until the accounts are
+settled. Another coin decides how it begins:
 
 - down first: one unit goes down, then others go up while anything fits in what was freed;
 - up first: one unit goes up, whether it fits or not, others go down until the budgets hold, then others go up as
@@ -29,11 +30,13 @@ class Moves:
     """Steps up and down the levels of a problem without groups.
 
     Each unit's available levels stand in the order of their `Problem.shares`: by cost where there is one budget, of
-    equal costs the lower index first. A step leads to the neighbour in that order.
+    equal costs the lower index first; a block's levels with the least that the units inside then cost. A step leads to
+    the neighbour in that order.
     """
 
     def __init__(self, problem: Problem) -> None:
         n_units, n_levels = problem.shape
+        self._problem = problem
         self._rows = np.arange(n_units)
         limits = np.array(list(problem.limits.values()), dtype=np.float64)
         self._limits = limits + np.abs(limits) * ROUNDING
@@ -41,16 +44,16 @@ class Moves:
         self._costs: NDArray[np.float64] = np.stack(costs, axis=2) if costs else np.zeros((n_units, n_levels, 0))
         self._up = np.full((n_units, n_levels), -1)  # the next dearer level, -1 at the end
         self._down = np.full((n_units, n_levels), -1)
+        shares = problem.shares.copy()
+        shares[problem.outer] = problem.top(problem.shares)
         for unit in range(n_units):
-            ladder = [
-                level for level in np.argsort(problem.shares[unit], kind="stable") if problem.available[unit, level]
-            ]
+            ladder = [level for level in np.argsort(shares[unit], kind="stable") if problem.available[unit, level]]
             self._up[unit, ladder[:-1]] = ladder[1:]
             self._down[unit, ladder[1:]] = ladder[:-1]
 
     def can_rise(self, choice: Choice) -> bool:
         """True if any step up fits in the budgets."""
-        return bool(self._affordable(choice).any())
+        return bool((self._affordable(choice) & self._problem.present(choice)).any())
 
     def filled(self, choice: Choice, rng: np.random.Generator) -> Choice:
         """The allocation after random steps up, until none fits any more."""
@@ -72,6 +75,8 @@ class Moves:
 
     def _switch(self, choice: Choice, rng: np.random.Generator) -> bool:
         """Switch in place; False if it could not be settled."""
+        if rng.random() < 0.5 and self._exchange(choice, rng):
+            return True
         ladder = self._down if rng.random() < 0.5 else self._up
         first = self._step(choice, ladder, np.ones(len(choice), dtype=np.bool_), rng)
         if first is None:
@@ -92,11 +97,26 @@ class Moves:
                 break
         return not self._over(choice).any()
 
+    def _exchange(self, choice: Choice, rng: np.random.Generator) -> bool:
+        """One unit down and another up by what that freed; False, with nothing changed, if there is no such pair."""
+        before, used = choice.copy(), self._used(choice)
+        lowered = self._step(choice, self._down, np.ones(len(choice), dtype=np.bool_), rng)
+        if lowered is None:
+            return False
+        beside = np.abs(self._added(choice, self._up) - (used - self._used(choice)))
+        equal = self._affordable(choice)  # small differences add up, so the limits are looked at too
+        equal &= (beside <= self._limits * ROUNDING).all(axis=1)
+        equal[lowered] = False
+        if self._step(choice, self._up, equal, rng) is None:
+            choice[:] = before
+            return False
+        return True
+
     def _step(
         self, choice: Choice, ladder: NDArray[np.int64], allowed: NDArray[np.bool_], rng: np.random.Generator
     ) -> int | None:
         """Move one random unit of those allowed along the ladder, in place; None if none can."""
-        units = np.flatnonzero(allowed & (ladder[self._rows, choice] >= 0))
+        units = np.flatnonzero(allowed & (ladder[self._rows, choice] >= 0) & self._problem.present(choice))
         if len(units) == 0:
             return None
         unit = int(units[rng.integers(len(units))])
@@ -104,7 +124,7 @@ class Moves:
         return unit
 
     def _used(self, choice: Choice) -> NDArray[np.float64]:
-        return np.asarray(self._costs[self._rows, choice].sum(axis=0))
+        return np.asarray(self._costs[self._rows, choice][self._problem.present(choice)].sum(axis=0))
 
     def _over(self, choice: Choice) -> NDArray[np.bool_]:
         """(budgets,): the budget is exceeded."""
@@ -112,7 +132,12 @@ class Moves:
 
     def _added(self, choice: Choice, ladder: NDArray[np.int64]) -> NDArray[np.float64]:
         """(units, budgets): what a step of each unit along the ladder adds to the costs; garbage where it has none."""
-        return self._costs[self._rows, ladder[self._rows, choice]] - self._costs[self._rows, choice]
+        now, after = self._costs[self._rows, choice], ladder[self._rows, choice]
+        added: NDArray[np.float64] = self._costs[self._rows, after] - now
+        for (unit, level), inside in self._problem.nested.items():
+            if level in (choice[unit], after[unit]) and choice[unit] != after[unit]:
+                added[unit] += now[list(inside)].sum(axis=0) * (1 if choice[unit] == level else -1)
+        return added
 
     def _affordable(self, choice: Choice) -> NDArray[np.bool_]:
         """(units,): the unit can go one level up within the budgets."""

@@ -1,12 +1,13 @@
 """`allocate`: chooses one level for every unit, within each of the budgets.
 
-Separable solvers minimise a sum of profile entries and need no model. `evolve` measures whole candidates on a pool of
-replicas; its default start is the ILP solution, because on real models it reaches in one step what an evolution from a
-uniform start spends millions of tokens on. Every allocation that comes out is measured on the same search data.
+Separable solvers minimise a sum of profile entries and need no model. Searches measure whole candidates on a pool of
+replicas; their default start is the ILP solution, because on real models it reaches in one step what an evolution from
+a uniform start spends millions of tokens on. Every allocation that comes out is measured on the same search data.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from layerwise.errors import InfeasibleBudget, UsageError
-from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Evolve, Problem, Solution
+from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Problem, Solution, Stop
 from layerwise.stages.allocation import RESOURCES, Allocation, CostTable, budget_text, save_allocations
 from layerwise.stages.contract import Context, Params, Port, Stage
 from layerwise.stages.database import DatabaseIndex
@@ -31,17 +32,25 @@ from layerwise.stages.text import tokenized
 Resource = Literal["bits", "effective_bits", "bytes"]
 SOLVER_GROUP = "layerwise.solvers"
 """Entry points through which other packages offer separable solvers."""
-SEARCH_ONLY = {
-    *("seed", "start", "fitness", "preset", "generations", "offspring", "patience", "max_tokens"),
-    *("survivors_per_selection", "tokens_per_selection"),
+SETTINGS = {
+    "preset": "preset",
+    "generations": "generations",
+    "offspring": "offspring",
+    "survivors_per_selection": "survivors",
+    "tokens_per_selection": "tokens",
+    "batch": "batch",
+    "population": "population",
+    "tokens_per_ask": "tokens_per_ask",
 }
-"""Parameters that nothing but a search reads."""
+"""Parameters that only some searches read, and the argument that each becomes where a search has it."""
+STOP_RULES = {"evaluations": "evaluations", "patience": "patience", "max_tokens": "tokens"}
+"""Parameters that end a search, and the rule of `Stop` that each becomes."""
 
 
 class AllocateParams(Params):
     """The solver, the budgets, and for a search how it searches."""
 
-    solver: str = Field("evolve", description="uniform, greedy, ilp, dp or evolve")
+    solver: str = Field("evolve", description=f"{', '.join(SOLVERS)}; searches: {', '.join(SEARCHES)}")
     budgets: dict[Resource, float | list[float]] = Field(
         min_length=1, description="upper limits; lists give one allocation for each combination. " + str(RESOURCES)
     )
@@ -54,15 +63,21 @@ class AllocateParams(Params):
     data: str = Field("calibration", description="the text to search on, by its name in the workflow's data section")
     seed: int = Field(0, ge=0, description="of a search")
     batch_tokens: Count = Field(2048, description="tokens that run at a time")
-    start: Literal["ilp", "uniform", "random"] = Field("ilp", description="evolve: where the search starts")
-    fitness: Literal["kl", "perplexity"] = Field("kl", description="evolve: what is minimised")
+    start: Literal["ilp", "uniform", "random"] = Field("ilp", description="of a search: where it starts")
+    fitness: Literal["kl", "perplexity"] = Field("kl", description="of a search: what is minimised")
     preset: str | None = Field(None, description=f"evolve: published settings: {', '.join(PRESETS)}")
     generations: int | None = Field(None, ge=0, description="evolve: overrides the preset")
     offspring: int | None = Field(None, ge=1, description="evolve: candidates per generation")
     survivors_per_selection: list[int] | None = Field(None, min_length=1, description="evolve: left after each round")
     tokens_per_selection: list[Count] | None = Field(None, min_length=1, description="evolve: tokens of each round")
-    patience: int | None = Field(None, ge=1, description="evolve: stop after so many generations without progress")
-    max_tokens: Count | None = Field(None, description="evolve: stop after so many evaluated tokens")
+    batch: int | None = Field(None, ge=1, description="anneal, random, tpe: candidates at a time")
+    population: int | None = Field(None, ge=2, description="genetic, nsga2: candidates of a generation")
+    tokens_per_ask: Count | None = Field(
+        None, description="anneal, genetic, nsga2, random, tpe: tokens that candidates are evaluated on; all without"
+    )
+    evaluations: int | None = Field(None, ge=1, description="of a search: stop after so many evaluated candidates")
+    patience: int | None = Field(None, ge=1, description="of a search: stop after so many rounds without progress")
+    max_tokens: Count | None = Field(None, description="of a search: stop after so many evaluated tokens")
 
     @field_validator("solver")
     @classmethod
@@ -89,10 +104,11 @@ class AllocateParams(Params):
         return value
 
     def material(self) -> dict[str, Any]:
-        """Without what only a search reads, where there is none: another seed does not change an ILP."""
+        """Without what the solver does not read: another seed does not change an ILP."""
         if self.solver not in SEARCHES:
-            return self.model_dump(mode="json", exclude=SEARCH_ONLY)
-        return self.model_dump(mode="json") | {"preset": None if self.preset is None else asdict(PRESETS[self.preset])}
+            return self.model_dump(mode="json", exclude={"seed", "start", "fitness", *SETTINGS, *STOP_RULES})
+        material = self.model_dump(mode="json", exclude=set(SETTINGS) - set(read_by(self.solver)))
+        return material | ({"preset": asdict(PRESETS[self.preset])} if material.get("preset") and self.preset else {})
 
     @property
     def needs_losses(self) -> bool:
@@ -104,6 +120,12 @@ class AllocateParams(Params):
         """Each budget to solve for: every combination of the lists."""
         lists = [amounts if isinstance(amounts, list) else [amounts] for amounts in self.budgets.values()]
         return [dict(zip(self.budgets, amounts, strict=True)) for amounts in itertools.product(*lists)]
+
+
+def read_by(search: str) -> dict[str, str]:
+    """Those of SETTINGS that the search of that name has an argument for."""
+    arguments = inspect.signature(SEARCHES[search]).parameters
+    return {name: argument for name, argument in SETTINGS.items() if argument in arguments}
 
 
 Mistakes = Iterator[tuple[tuple[str, ...], str]]
@@ -192,7 +214,7 @@ def _profiled_losses(
     if not context.inputs["profile"]:
         if needed:
             raise UsageError(
-                f"solver {params.solver}{' with start: ilp' if params.solver == 'evolve' else ''} needs a profile",
+                f"solver {params.solver}{' with start: ilp' if params.solver in SEARCHES else ''} needs a profile",
                 hint="add a `profile` stage to `needs`, or use start: uniform",
             )
         return None, 0
@@ -219,7 +241,8 @@ def _solve(
     started = time.perf_counter()
     effort: dict[str, Any] = {"evaluations": 0, "tokens": 0}
     if params.solver in SEARCHES:
-        search = Evolve(problem, start=_start(params, problem), seed=params.seed, **_settings(params, total_tokens))
+        make, start = SEARCHES[params.solver], _start(params, problem)
+        search = make(problem, start, params.seed, total_tokens=total_tokens, **_settings(params))
         tokens = searches.run(search, budget)
         solution = search.best
         effort = {"seed": params.seed, "evaluations": search.evaluations, "tokens": tokens}
@@ -240,19 +263,12 @@ def _start(params: AllocateParams, problem: Problem) -> Solution | None:
     return SOLVERS[params.start](problem)
 
 
-def _settings(params: AllocateParams, total_tokens: int) -> dict[str, Any]:
-    """The arguments of `Evolve` that the workflow sets; the preset has the rest."""
-    written = {
-        "preset": params.preset,
-        "generations": params.generations,
-        "offspring": params.offspring,
-        "survivors": params.survivors_per_selection,
-        "tokens": params.tokens_per_selection,
-        "patience": params.patience,
-        "max_tokens": params.max_tokens,
-        "total_tokens": total_tokens,
-    }
-    return {name: value for name, value in written.items() if value is not None}
+def _settings(params: AllocateParams) -> dict[str, Any]:
+    """The arguments of the search that the workflow sets; the preset or the search itself has the rest."""
+    written = params.model_dump(include={*SETTINGS, *STOP_RULES}, exclude_none=True)
+    settings = {argument: written[name] for name, argument in read_by(params.solver).items() if name in written}
+    rules = {rule: written[name] for name, rule in STOP_RULES.items() if name in written}
+    return settings | ({"stop": Stop(**rules)} if rules else {})
 
 
 def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
@@ -284,4 +300,5 @@ STAGE = Stage(
     takes={"database": Port("database"), "profile": Port("profile", optional=True)},
     data=("data",),
     check=mistakes,
+    impl=2,
 )

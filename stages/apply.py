@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from layerwise.errors import UsageError
-from layerwise.results.frontier import knee, non_dominated
+from layerwise.solvers.pareto import knee, non_dominated
 from layerwise.stages.allocation import Allocation, check_database, load_allocations
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
 from layerwise.stages.database import DatabaseIndex

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from layerwise.solvers import Ask, Evolve
+from layerwise.solvers import Ask, Search
 from layerwise.stages.allocation import CostTable
 from layerwise.stages.contract import Context, Row
 from layerwise.stages.scoring import Pool, Request, Score, score
@@ -39,7 +39,7 @@ class CandidateSearch:
         self._finished = 0
         self._rows: list[Row] = []
 
-    def run(self, search: Evolve, budget: str) -> int:
+    def run(self, search: Search, budget: str) -> int:
         """Bring a search to its end.
 
         Args:
@@ -88,11 +88,14 @@ class CandidateSearch:
             **self.table.describe(genome),
         }
 
-    def _report(self, search: Evolve, ask: Ask, budget: str) -> None:
+    def _report(self, search: Search, ask: Ask, budget: str) -> None:
+        best = "" if search.best.loss is None else f", {budget}, best at {self.metric} {search.best.loss:.4g}"
+        if search.generations is None:
+            self.context.progress(self._finished, self.searches, f"searches{best}")
+            return
         generations = max(1, search.generations)
-        parent = "" if search.best.loss is None else f", {budget}, parent at {self.metric} {search.best.loss:.4g}"
-        done = self._finished * generations + ask.generation
-        self.context.progress(done, self.searches * generations, f"generations{parent}")
+        done = self._finished * generations + min(ask.generation, generations)
+        self.context.progress(done, self.searches * generations, f"generations{best}")
 
 
 def _fitness(mean: float | None) -> float:

@@ -1,96 +1,14 @@
-"""The front is exactly what a pairwise comparison says, and a run's allocations are found whoever computed them."""
+"""A run's allocations are found whoever computed them, and ranked by figures that belong together."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from layerwise.errors import UsageError
-from layerwise.results.frontier import COLUMNS, dense_losses, frontier_table, knee, non_dominated
+from layerwise.results.frontier import COLUMNS, dense_losses, frontier_table
 from layerwise.results.store import Store
-
-COORDINATE = st.one_of(st.integers(0, 4).map(float), st.sampled_from([math.nan, math.inf, -math.inf]), st.floats())
-POINTS = st.integers(1, 3).flatmap(lambda d: st.lists(st.lists(COORDINATE, min_size=d, max_size=d), min_size=1))
-
-
-def front_by_pairs(points: list[list[float]]) -> list[bool]:
-    """The definition, word by word."""
-
-    def beats(a: list[float], b: list[float]) -> bool:
-        return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
-
-    known = [point for point in points if not any(map(math.isnan, point))]
-    return [point in known and not any(beats(other, point) for other in known) for point in points]
-
-
-@given(POINTS)
-def test_the_front_is_what_comparing_all_pairs_gives(points: list[list[float]]) -> None:
-    assert non_dominated(points).tolist() == front_by_pairs(points)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40))
-def test_equal_points_are_on_the_front_together(points: list[tuple[int, int]]) -> None:
-    front = non_dominated(points)
-    assert all(front[i] == front[points.index(point)] for i, point in enumerate(points))
-
-
-@given(POINTS.map(np.array), st.randoms())
-def test_the_order_of_the_points_does_not_matter(points: np.ndarray, random: object) -> None:
-    order = np.random.default_rng(random.getrandbits(32)).permutation(len(points))
-    assert non_dominated(points[order]).tolist() == non_dominated(points)[order].tolist()
-
-
-def test_no_points_have_no_front() -> None:
-    for dimensions in (1, 2, 3):
-        assert non_dominated(np.empty((0, dimensions))).shape == (0,)
-
-
-def test_a_large_front_is_a_falling_staircase() -> None:
-    points = np.random.default_rng(0).normal(size=(100_000, 2)).round(3)
-    front = points[non_dominated(points)]
-    stairs = np.unique(front, axis=0)
-    assert all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(stairs))
-    assert all(((stairs <= point).all(axis=1)).any() for point in points[:1000])
-
-
-def test_the_knee_of_a_corner_is_the_corner() -> None:
-    assert knee([2, 3, 4, 8], [10, 1, 0.9, 0.8]) == 1
-    assert knee([8, 4, 3, 2], [0.8, 0.9, 1, 10]) == 2
-
-
-@given(
-    st.lists(st.integers(1, 50), min_size=2, max_size=12),
-    st.lists(st.integers(1, 50), min_size=2, max_size=12),
-    st.floats(0.001, 1000),
-)
-def test_the_knee_is_the_point_furthest_below_the_chord_in_any_unit(
-    steps: list[int], drops: list[int], unit: float
-) -> None:
-    size = min(len(steps), len(drops))
-    x, y = np.cumsum([0, *steps[:size]]) * 1.0, -np.cumsum([0, *drops[:size]]) * 1.0
-    a, b = np.array([x[0], y[0]]), np.array([x[-1], y[-1]])
-    # Twice the area of the triangle (a, b, point) over the chord's length, after stretching the front to a square.
-    u, v = (x - x[0]) / (b[0] - a[0]), (y - b[1]) / (a[1] - b[1])
-    distance = ((1 - u) - v) / math.sqrt(2)
-    found = knee(x * unit, y / unit)
-    if distance.max() < 1e-9:
-        assert found is None
-    else:
-        assert found is not None
-        assert distance[found] == pytest.approx(distance.max(), abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("x", "y"), [([], []), ([1], [1]), ([1, 2], [2, 1]), ([1, 2, 3], [3, 2, 1]), ([1, 2, 3], [3, 2.9, 0]),
-                 ([1, 1, 1], [3, 3, 3])]
-)  # fmt: skip
-def test_a_front_that_does_not_bend_has_no_knee(x: list[float], y: list[float]) -> None:
-    assert knee(x, y) is None
 
 
 def rows(store: Store, *columns: str, **how: object) -> list[list[object]]:

@@ -14,58 +14,91 @@ from layerwise.solvers import Problem
 TOLERANCE = 1e-9  # relative, on budgets: what Problem documents
 
 
-def _within(problem: Problem, choice: tuple[int, ...]) -> bool:
-    tied = all(len({choice[unit] for unit in group}) == 1 for group in problem.groups)
-    return tied and all(
-        math.fsum(table[unit, level] for unit, level in enumerate(choice))
-        <= problem.budgets.get(resource, math.inf) * (1 + TOLERANCE)
-        for resource, table in problem.costs.items()
-    )
+def _sums(problem: Problem, choice) -> dict[str, float]:
+    """Loss and costs of an allocation by definition; `inf` if a present unit lacks its level."""
+    absent = {child for (unit, level), inside in problem.nested.items() if choice[unit] == level for child in inside}
+    here = [(unit, level) for unit, level in enumerate(choice) if unit not in absent]
+    together = [loss for (a, b), loss in problem.interactions.items() if a in here and b in here]
+    sums = {resource: math.fsum(table[place] for place in here) for resource, table in problem.costs.items()}
+    return {**sums, "loss": math.fsum([*(problem.losses[place] for place in here), *together])}
+
+
+def _limits(problem: Problem) -> dict[str, float]:
+    limits = {**problem.budgets, "loss": problem.max_loss}
+    return {resource: limit + abs(limit) * TOLERANCE for resource, limit in limits.items() if limit < math.inf}
 
 
 def _brute_force(problem: Problem) -> float | None:
     n_units, n_levels = problem.shape
-    losses = [
-        math.fsum(problem.losses[unit, level] for unit, level in enumerate(choice))
-        for choice in itertools.product(range(n_levels), repeat=n_units)
-        if _within(problem, choice)
-    ]
-    return min((loss for loss in losses if math.isfinite(loss)), default=None)
+    objectives = []
+    for choice in itertools.product(range(n_levels), repeat=n_units):
+        tied = all(len({choice[unit] for unit in group}) == 1 for group in problem.groups)
+        sums = _sums(problem, choice)
+        if tied and all(sums[resource] <= limit for resource, limit in _limits(problem).items()):
+            objectives.append(sums[problem.minimize])
+    return min((objective for objective in objectives if math.isfinite(objective)), default=None)
 
 
 def _milp_optimum(problem: Problem) -> float | None:
     n_units, n_levels = problem.shape
+    n_switches, n_pairs = n_units * n_levels, len(problem.interactions)
     usable = problem.available.ravel()
-    rows = [LinearConstraint(np.kron(np.eye(n_units), np.ones(n_levels)), 1, 1)]
-    for resource, budget in problem.budgets.items():
-        costs = np.where(usable, problem.costs[resource].ravel(), 0.0)
-        rows.append(LinearConstraint(costs[None, :], -np.inf, budget * (1 + TOLERANCE)))
+    tables = {**problem.costs, "loss": problem.losses}
+    tables = {name: np.where(usable, table.ravel(), 0.0) for name, table in tables.items()}
+
+    def at(place):
+        return place[0] * n_levels + place[1]
+
+    def row(entries, low, high):
+        coefficients = np.zeros(n_switches + n_pairs)
+        for index, value in entries:
+            coefficients[index] += value
+        return LinearConstraint(coefficients[None, :], low, high)
+
+    parents = {child: place for place, inside in problem.nested.items() for child in inside}
+    rows = []
+    for unit in range(n_units):
+        ways = [(unit, level) for level in range(n_levels)] + ([parents[unit]] if unit in parents else [])
+        rows.append(row([(at(place), 1) for place in ways], 1, 1))
     for group in problem.groups:
-        for first, second in itertools.pairwise(group):
-            same = np.zeros((n_levels, n_units, n_levels))
-            for level in range(n_levels):
-                same[level, first, level], same[level, second, level] = 1, -1
-            rows.append(LinearConstraint(same.reshape(n_levels, -1), 0, 0))
-    losses = np.where(usable, problem.losses.ravel(), 0.0)
+        for (first, second), level in itertools.product(itertools.pairwise(group), range(n_levels)):
+            rows.append(row([(at((first, level)), 1), (at((second, level)), -1)], 0, 0))
+    together = list(enumerate(problem.interactions.items(), start=n_switches))
+    for y, ((a, b), _) in together:  # y = x_a x_b
+        rows += [row([(y, 1), (at(a), -1)], -np.inf, 0), row([(y, 1), (at(b), -1)], -np.inf, 0)]
+        rows.append(row([(at(a), 1), (at(b), 1), (y, -1)], -np.inf, 1))
+    added = {name: [*enumerate(table)] for name, table in tables.items()}
+    added["loss"] += [(y, loss) for y, (_, loss) in together]
+    rows += [row(added[resource], -np.inf, limit) for resource, limit in _limits(problem).items()]
     answer = milp(
-        losses,
+        row(added[problem.minimize], 0, 0).A[0],
         constraints=rows,
-        integrality=np.ones(losses.size),
-        bounds=Bounds(0, usable.astype(float)),
+        integrality=np.ones(n_switches + n_pairs),
+        bounds=Bounds(0, np.concatenate([usable, np.ones(n_pairs)])),
         options={"mip_rel_gap": 0},
     )
     if answer.x is None:
         return None
-    choice = answer.x.reshape(n_units, n_levels).argmax(axis=1)
-    return math.fsum(problem.losses[np.arange(n_units), choice])
+    return _sums(problem, answer.x[:n_switches].reshape(n_units, n_levels).argmax(axis=1).tolist())[problem.minimize]
 
 
 @st.composite
-def _problems(draw, n_budgets=1, max_units=5, max_levels=4, real=False):
+def _problems(
+    draw,
+    n_budgets=1,
+    max_units=5,
+    max_levels=4,
+    real=False,
+    negative=False,
+    nested=False,
+    interactions=False,
+    reverse=False,
+):
     """Small whole numbers, so that ties, zero costs and tight budgets are common; or any real numbers."""
     n_units, n_levels = draw(st.integers(1, max_units)), draw(st.integers(1, max_levels))
     cost = st.floats(0, 1e9) if real else st.integers(0, 8)
-    loss = st.floats(0, 1e3) if real else st.integers(0, 12).map(lambda n: n / 4)
+    loss = st.floats(0, 1e3) if real else st.integers(-6 if negative else 0, 12).map(lambda n: n / 4)
+    level, unit = st.integers(0, n_levels - 1), st.integers(0, n_units - 1)
 
     def table(numbers):
         row = st.lists(numbers, min_size=n_levels, max_size=n_levels)
@@ -73,16 +106,51 @@ def _problems(draw, n_budgets=1, max_units=5, max_levels=4, real=False):
 
     losses, costs = table(loss), {f"resource{index}": table(cost) for index in range(n_budgets)}
     missing = table(st.integers(0, 5)) == 0
-    missing[:, draw(st.integers(0, n_levels - 1))] = False  # one level that all units have, so that any group has one
+    common = draw(level)
+    missing[:, common] = False  # one level that all units have, so that any group has one
     losses[missing] = np.inf
     groups = [[0, n_units - 1]] if n_units > 2 and draw(st.booleans()) else []
-    problem = Problem(costs=costs, losses=losses, groups=groups)
-    budgets = {}
-    for resource, amounts in costs.items():
-        least, most = problem.reachable(resource)
-        some = amounts[:, draw(st.integers(0, n_levels - 1))].sum()  # often a budget that is met exactly
-        budgets[resource] = draw(st.sampled_from([least, some, most, (least + most) / 2, least * 0.5, some * 0.9]))
-    return Problem(costs=costs, losses=losses, groups=groups, budgets=budgets)
+    binding = {
+        "groups": groups,
+        "fixed": {draw(unit): common} if draw(st.integers(0, 4)) == 0 else {},
+        "nested": draw(_nesting(n_units, n_levels, groups)) if nested else {},
+        "interactions": draw(_interactions(n_units, n_levels)) if interactions else {},
+    }
+    tables = {"costs": costs, "losses": losses, **binding}
+
+    def limit(amounts, reachable):
+        least, most = reachable
+        some = np.where(np.isfinite(amounts), amounts, 0)[:, draw(level)].sum()  # often one that is met exactly
+        return float(draw(st.sampled_from([least, some, most, (least + most) / 2, least * 0.5, some * 0.9])))
+
+    loose = Problem(**tables)
+    budgets = {resource: limit(amounts, loose.reachable(resource)) for resource, amounts in costs.items()}
+    if not reverse:
+        return Problem(**tables, budgets=budgets)
+    if n_budgets == 1 or draw(st.booleans()):  # else also a limit on what is minimised
+        del budgets["resource0"]
+    max_loss = limit(losses, loose.reachable("loss"))
+    return Problem(**tables, budgets=budgets, minimize="resource0", max_loss=max_loss)
+
+
+@st.composite
+def _nesting(draw, n_units, n_levels, groups):
+    """One unit with others inside, absent at one or two of its levels; tied ones always together."""
+    parent = draw(st.integers(0, n_units - 1))
+    levels = draw(st.lists(st.integers(0, n_levels - 1), min_size=1, max_size=2, unique=True))
+    homes = {unit: draw(st.sampled_from([None, *levels])) for unit in range(n_units) if unit != parent}
+    for first, second in groups:
+        homes[first] = homes[second] = None if parent in (first, second) else homes[first]
+    homes.pop(parent, None)
+    return {(parent, level): [unit for unit, home in homes.items() if home == level] for level in levels}
+
+
+@st.composite
+def _interactions(draw, n_units, n_levels):
+    place = st.tuples(st.integers(0, n_units - 1), st.integers(0, n_levels - 1))
+    pairs = draw(st.lists(st.tuples(place, place), max_size=5))
+    pairs = {tuple(sorted(pair)) for pair in pairs if pair[0][0] != pair[1][0]}
+    return {pair: draw(st.integers(-8, 8)) / 4 for pair in sorted(pairs)}
 
 
 @pytest.fixture(scope="session")
@@ -92,13 +160,19 @@ def problems() -> Callable[..., st.SearchStrategy[Problem]]:
 
 @pytest.fixture(scope="session")
 def brute_force() -> Callable[[Problem], float | None]:
-    """The least loss of any allocation within the budgets, None if there is none; by enumeration."""
+    """The least objective of any allocation within the limits, None if there is none; by enumeration."""
     return _brute_force
 
 
 @pytest.fixture(scope="session")
+def sums() -> Callable[..., dict[str, float]]:
+    """Loss and costs of an allocation, by definition."""
+    return _sums
+
+
+@pytest.fixture(scope="session")
 def milp_optimum() -> Callable[[Problem], float | None]:
-    """The same by scipy's MILP, with ties as equations between the units."""
+    """The same by scipy's MILP, with ties as equations between the units and products as extra variables."""
     return _milp_optimum
 
 

@@ -1,7 +1,12 @@
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from layerwise.errors import UsageError
+from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers import Problem, dp, ilp
 
 
@@ -50,3 +55,62 @@ def test_equal_layers_need_no_more_states_than_multiples_of_their_cost():
 def test_max_states_must_be_positive(tied_units):
     with pytest.raises(UsageError, match="max_states"):
         dp(tied_units, max_states=0)
+
+
+@pytest.mark.parametrize("max_states", [1, 2, 5, 10])
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_few_states_never_give_a_wrong_optimum_or_bound(max_states, problems, brute_force, data):
+    """Blocks meet again behind their units, so one that outgrew the states must not be lost on the way."""
+    form = data.draw(st.sampled_from([{"nested": True}, {"nested": True, "real": True}, {"reverse": True}]))
+    problem = data.draw(problems(max_units=5, max_levels=4, negative=True, **form))
+    optimum = brute_force(problem)
+    assume(optimum is not None)
+    solution = dp(problem, max_states=max_states)
+    assert problem.feasible(solution.choice)
+    assert solution.lower_bound <= optimum + 1e-12 * abs(optimum)
+    if solution.status == "optimal":
+        assert solution.objective == pytest.approx(optimum, rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_nested_blocks_are_decided_as_by_enumeration(problems, brute_force, data):
+    problem = data.draw(problems(max_units=6, max_levels=3, nested=True, negative=True))
+    optimum = brute_force(problem)
+    if optimum is None:
+        with pytest.raises(InfeasibleBudget):
+            dp(problem)
+        return
+    solution = dp(problem)
+    assert (solution.loss, solution.lower_bound, solution.status) == (optimum, optimum, "optimal")
+    assert problem.feasible(solution.choice)
+
+
+def test_a_block_that_outgrows_the_states_is_not_taken_for_solved():
+    """Dropped, the block costs and loses little; kept, its four layers have more allocations than states."""
+    layers = [[1.0, 2.0, 4.0, 5.0]] * 4
+    costs, losses = [[0.0, 1.0, 9.0, 9.0], *layers], [[0.0, 2.0, 9.0, 9.0], *[[1.1, 1.0, 0.8, 0.0]] * 4]
+    problem = Problem(costs={"bits": costs}, losses=losses, nested={(0, 1): [1, 2, 3, 4]}, budgets={"bits": 19.0})
+    for max_states in range(1, 12):
+        rough = dp(problem, max_states=max_states)
+        assert problem.feasible(rough.choice)
+        assert rough.lower_bound <= dp(problem).loss + 1e-12
+        assert rough.status == "feasible" or rough.loss == pytest.approx(dp(problem).loss)
+
+
+@pytest.mark.parametrize("budget", [{}, {"resource0": math.inf}, {"resource0": 1e9}])
+def test_without_a_limit_in_the_way_few_states_are_enough(budget, random_tables):
+    problem = replace(random_tables(60, 5, seed=0), budgets=budget)
+    solution = dp(problem, max_states=1)
+    assert (solution.status, solution.gap) == ("optimal", 0.0)
+    assert solution.loss == pytest.approx(problem.losses.min(axis=1).sum(), rel=1e-12)
+
+
+def test_without_a_limit_a_block_of_equal_losses_is_the_cheapest():
+    costs = [[3.0, 2.0, 1.0], [2.0, 1.0, 5.0], [9.0, 9.0, 4.0]]
+    losses = [[1.0, 1.0, 4.0], [0.0, 0.0, 7.0], [2.0, 2.0, 5.0]]
+    problem = Problem(costs={"bits": costs}, losses=losses, nested={(0, 2): [1, 2]})
+    assert dp(problem).choice.tolist() == [1, 1, 0]
+    dropped = replace(problem, losses=[[1.0, 1.0, 3.0], *losses[1:]])
+    assert dp(dropped).cost == {"bits": 1.0}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.errors import InfeasibleBudget, UsageError
-from layerwise.solvers import PRESETS, Evolve, Problem, any_feasible, depth_generations, ilp, uniform
+from layerwise.solvers import PRESETS, Evolve, Problem, Stop, any_feasible, depth_generations, ilp, uniform
 
 SMALL = {"generations": 5, "offspring": 6, "survivors": (3, 1), "tokens": (64, 256), "initially_generated": 4}
 
@@ -120,6 +120,62 @@ def test_the_best_five_of_ten_blocks_to_drop_are_found_although_blocks_interact(
         assert search.best.loss == pytest.approx(best, rel=1e-12)
 
 
+@pytest.mark.parametrize(("n_units", "seed"), [(56, 0), (56, 1), pytest.param(224, 0, marks=pytest.mark.slow)], ids=str)
+def test_the_published_number_of_evaluations_comes_within_one_percent_of_an_additive_optimum(n_units, seed):
+    rng = np.random.default_rng(seed)
+    bits = np.tile(np.arange(2.0, 8.0), (n_units, 1))
+    losses = rng.lognormal(0, 1, n_units)[:, None] * 4.0**-bits * rng.uniform(0.7, 1.3, bits.shape)
+    problem = Problem(costs={"bits": bits}, budgets={"bits": 4.0 * n_units}, losses=losses)
+    search = Evolve(problem, seed=seed, preset="evopress-quantization", total_tokens=2048)
+    while not search.done:
+        search.tell(losses[np.arange(n_units), np.array(search.ask().candidates)].sum(axis=1))
+    assert search.evaluations <= 150 * (128 + 16 + 4 + 1) + 64
+    assert search.best.loss <= 1.01 * ilp(problem).loss
+
+
+def test_the_best_eight_of_sixteen_blocks_to_drop_are_found_from_nearly_every_seed():
+    """Harm by block, interactions of every pair, and a penalty for neighbours: another landscape for each seed."""
+    n_blocks, n_dropped = 16, 8
+    problem = Problem(costs={"blocks": np.tile([0.0, 1.0], (n_blocks, 1))}, budgets={"blocks": n_dropped})
+    every = np.array(
+        [np.isin(np.arange(n_blocks), kept) for kept in itertools.combinations(range(n_blocks), n_blocks - n_dropped)]
+    )
+    found = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        harm, together = rng.random(n_blocks), rng.normal(0, 0.3, (n_blocks, n_blocks))
+
+        def losses(choices, harm=harm, together=together):
+            dropped = (np.asarray(choices) == 0).astype(float)
+            neighbours = (dropped[:, 1:] * dropped[:, :-1]).sum(axis=1)
+            return dropped @ harm + np.einsum("ci,ij,cj->c", dropped, together, dropped) + 0.5 * neighbours
+
+        search = Evolve(
+            problem,
+            seed=seed,
+            preset="evopress-depth",
+            generations=depth_generations(n_blocks, n_dropped),
+            total_tokens=2048,
+        )
+        while not search.done:
+            search.tell(losses(search.ask().candidates))
+        found += search.best.loss <= losses(every).min() + 1e-12
+    assert len(every) == 12_870
+    assert found >= 18
+
+
+def test_what_was_measured_on_all_of_the_data_is_not_asked_again():
+    problem = with_losses(layers([1] * 8, [2, 3, 4], 3.0), seed=0)
+    asked = run(Evolve(problem, **{**SMALL, "generations": 20, "tokens": (64, None)}), problem)
+    complete, repeated = set(), 0
+    for ask in asked:
+        if ask.tokens is not None:
+            repeated += sum(choice.tobytes() in complete for choice in ask.candidates)
+        complete.update(choice.tobytes() for choice in ask.candidates if ask.tokens is None)
+    assert len(complete) > 20
+    assert repeated == 0
+
+
 @pytest.mark.parametrize("tokens", [(64, 256), (64, None), (None, None)])
 def test_no_search_ends_above_its_start_on_all_the_data(tokens):
     for seed in range(6):
@@ -206,7 +262,7 @@ def test_stopping_saving_loading_and_going_on_is_never_having_stopped(stop, betw
     problem = with_losses(layers([1, 1, 2, 3, 3], [2, 3, 4, 6], average, groups=[[0, 1]]), seed)
 
     def fresh():
-        return Evolve(problem, seed=seed, **{**SMALL, "tokens": tokens}, patience=patience)
+        return Evolve(problem, seed=seed, **{**SMALL, "tokens": tokens}, stop=Stop(patience=patience))
 
     def broken_at_times(problem, choice, ask):
         return math.nan if (ask.draw + int(choice.sum())) % 5 == 0 else measured(problem, choice, ask)
@@ -274,14 +330,14 @@ def test_the_closing_round_compares_the_start_with_the_last_parents():
 
 def test_patience_stops_a_search_that_no_longer_improves():
     problem = layers([1] * 8, [2, 3, 4], 3.0)
-    asked = run(Evolve(problem, **{**SMALL, "generations": 100}, patience=3), problem, lambda *_: 1.0)
+    asked = run(Evolve(problem, **{**SMALL, "generations": 100}, stop=Stop(patience=3)), problem, lambda *_: 1.0)
     assert max(ask.generation for ask in asked) == 3
 
 
 def test_max_tokens_is_never_exceeded_and_used_almost_up():
     problem = with_losses(layers([1] * 8, [2, 3, 4], 3.5), seed=0)
     for limit in (20_000, 33_333):
-        search = Evolve(problem, **{**SMALL, "generations": 1000}, total_tokens=1000, max_tokens=limit)
+        search = Evolve(problem, **{**SMALL, "generations": 1000}, total_tokens=1000, stop=Stop(tokens=limit))
         run(search, problem)
         generation = 6 * 64 + 4 * 256 + 5 * 1000
         assert limit - generation - 5 * 1000 < search.evaluated_tokens <= limit
@@ -327,10 +383,9 @@ def test_an_impossible_budget_or_start_is_refused():
         {"survivors": (), "tokens": ()},
         {"generations": -1},
         {"offspring": 0},
-        {"patience": 0},
         {"seed": -1},
         {"tokens": (0, 1, 2)},
-        {"max_tokens": 1000},
+        {"stop": Stop(tokens=1000)},
         {"preset": "evopres-quantisation"},
         {"preset": "evopress-depth"},
     ],

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,3 +58,33 @@ def test_several_budgets_hold_whenever_any_allocation_holds_them(problems, brute
     solution = greedy(problem)
     assert problem.feasible(solution.choice)
     assert solution.loss >= optimum * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("n_budgets", [1, 2])
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_nested_blocks_keep_the_budgets_whenever_any_allocation_does(n_budgets, problems, brute_force, data):
+    problem = data.draw(problems(n_budgets=n_budgets, nested=True, negative=True, max_levels=3))
+    optimum = brute_force(problem)
+    if optimum is None:
+        with pytest.raises(InfeasibleBudget):
+            greedy(problem)
+        return
+    solution = greedy(problem)
+    assert problem.feasible(solution.choice)
+    assert solution.loss >= optimum - 1e-9
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_without_a_budget_every_block_has_its_best_allocation(problems, brute_force, data):
+    problem = replace(data.draw(problems(n_budgets=2, nested=True, negative=True, max_levels=3)), budgets={})
+    assert greedy(problem).loss == brute_force(problem)
+
+
+def test_a_block_is_kept_once_it_pays_with_its_layers():
+    """The block loses 9 when dropped; kept, it costs 1 and its layers at least 4."""
+    costs, losses = [[1.0, 0.0], [2.0, 4.0], [2.0, 4.0]], [[0.0, 9.0], [3.0, 1.0], [2.0, 1.5]]
+    problem = Problem(costs={"bits": costs}, losses=losses, nested={(0, 1): [1, 2]})
+    answers = {budget: greedy(replace(problem, budgets={"bits": budget})).loss for budget in (0.0, 4.9, 5.0, 7.0, 9.0)}
+    assert answers == {0.0: 9.0, 4.9: 9.0, 5.0: 5.0, 7.0: 3.0, 9.0: 2.5}

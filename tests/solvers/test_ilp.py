@@ -28,6 +28,68 @@ def test_several_budgets_are_solved_like_by_enumeration_and_by_another_solver(
     assert problem.feasible(any_feasible(problem))
 
 
+BINDING = [
+    {"nested": True},
+    {"interactions": True},
+    {"n_budgets": 2, "nested": True, "interactions": True},
+    {"n_budgets": 2, "nested": True, "reverse": True},
+]
+
+
+@pytest.mark.parametrize(("backend", "examples"), [("HiGHS", 60), ("CBC", 6)])
+@pytest.mark.parametrize("binding", BINDING)
+def test_whatever_binds_units_it_finds_the_optimum_of_enumeration_and_of_another_solver(
+    backend, examples, binding, problems, brute_force, milp_optimum
+):
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(problem=problems(max_units=5, max_levels=3, negative=True, **binding))
+    def check(problem):
+        optimum = brute_force(problem)
+        assert milp_optimum(problem) == (None if optimum is None else pytest.approx(optimum, rel=1e-9, abs=1e-9))
+        if optimum is None:
+            with pytest.raises(InfeasibleBudget):
+                ilp(problem, backend=backend)
+        else:
+            solution = ilp(problem, backend=backend)
+            assert solution.objective == pytest.approx(optimum, rel=1e-9, abs=1e-9)
+            assert solution.status == "optimal"
+
+    check()
+
+
+def test_absent_units_cost_nothing_and_stand_at_their_cheapest_level():
+    block = np.array([[0.0, 0.0], [9.0, 4.0], [5.0, 3.0]])
+    losses = np.array([[0.0, 6.0], [1.0, 3.0], [2.0, 4.0]])
+    problem = Problem(
+        costs={"bits": block},
+        budgets={"bits": 6.0},
+        losses=losses,
+        units=["block", "q", "k"],
+        levels=["keep", "drop"],
+        nested={("block", "drop"): ["q", "k"]},
+    )
+    solution = ilp(problem)
+    assert (solution.choice.tolist(), solution.loss, solution.cost) == ([1, 1, 1], 6.0, {"bits": 0.0})
+    assert problem.named(solution.choice) == {"block": "drop"}
+
+
+def test_an_interaction_decides_between_levels_of_equal_loss():
+    tables = {"costs": {"bits": np.ones((2, 2))}, "losses": np.ones((2, 2))}
+    for loss, choices in [(1.0, ([0, 1], [1, 0], [1, 1])), (-1.0, ([0, 0],))]:
+        solution = ilp(Problem(**tables, interactions={((0, 0), (1, 0)): loss}))
+        assert solution.choice.tolist() in choices
+        assert solution.loss == 2.0 + min(0.0, loss)
+
+
+def test_the_reverse_form_names_the_loss_that_is_out_of_reach_under_the_budgets():
+    tables = {"ms": np.array([[1.0, 3.0]] * 2), "bytes": np.array([[8.0, 2.0]] * 2)}
+    losses = np.array([[0.0, 4.0]] * 2)
+    problem = Problem(costs=tables, budgets={"bytes": 10.0}, losses=losses, minimize="ms", max_loss=3.0)
+    with pytest.raises(InfeasibleBudget, match=r"within 10 bytes, the least reachable loss is 4.*short by 1") as caught:
+        ilp(problem)
+    assert (caught.value.resource, caught.value.budget, caught.value.reachable) == ("loss", 3.0, 4.0)
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_cbc_finds_the_same_optimum(problems, brute_force, data):

@@ -42,6 +42,29 @@ def with_entry(table, unit, level, value):
         ({"groups": [[0, 1]], "losses": [[np.inf, 1], [1, np.inf]]}, ["q, o", "no level in common"]),
         ({"units": ["q"]}, ["1 unit names for 2 units"]),
         ({"units": ["q", "q"]}, ["two units are named q"]),
+        ({"levels": ["2b", "2b"]}, ["two levels are named 2b"]),
+        ({"costs": {"loss": BITS}}, ["no resource can be named loss"]),
+        ({"costs": {"bits": with_entry(BITS, 0, 0, -1.0) - 4}}, ["at 1 more place)"]),
+        ({"groups": [["q", "k"]]}, ["a group", "no unit is named k"]),
+        ({"groups": [[True, 1]]}, ["index or a name", "True"]),
+        ({"fixed": {"q": "8b"}}, ["fixed", "no level is named 8b"]),
+        ({"fixed": {2: 0}}, ["fixed names unit 2", "0 to 1"]),
+        ({"fixed": {"q": 0}, "losses": [[np.inf, 1], [1, 1]]}, ["q is fixed at 2b, which it does not have"]),
+        ({"fixed": {"q": 0, "o": 1}, "groups": [[0, 1]]}, ["q, o", "no level in common"]),
+        ({"nested": {"q": ["o"]}}, ["nested", "'q' is not a (unit, level)"]),
+        ({"nested": {("q", 0): ["o"], ("q", 1): ["o"]}}, ["o is nested in q at 2b and in q at 4b"]),
+        ({"nested": {("q", 0): ["o", "o"]}}, ["o is nested in q at 2b and in q at 2b"]),
+        ({"nested": {("q", 0): ["q"]}}, ["q is nested in q, which is nested itself"]),
+        ({"nested": {("q", 0): ["o"]}, "groups": [["q", "o"]]}, ["q, o", "not nested in the same place"]),
+        ({"interactions": {("q", "o"): 1.0}}, ["interactions", "'q' is not a (unit, level)"]),
+        ({"interactions": {"qo": 1.0}}, ["'qo' is not a pair"]),
+        ({"interactions": {(("q", 0), ("q", 1)): 1.0}}, ["q at 2b and q at 4b", "same unit"]),
+        ({"interactions": {(("q", 0), ("o", 1)): 1.0, ((1, 1), (0, 0)): 1.0}}, ["q at 2b and o at 4b", "twice"]),
+        ({"interactions": {(("q", 0), ("o", 1)): math.nan}}, ["q at 2b and o at 4b", "nan"]),
+        ({"minimize": "ms"}, ["ms cannot be minimised", "bits"]),
+        ({"minimize": "bits"}, ["needs losses"]),
+        ({"losses": BITS, "max_loss": 1.0}, ["limits nothing"]),
+        ({"losses": BITS, "minimize": "bits", "max_loss": math.nan}, ["max_loss is NaN"]),
     ],
 )
 def test_a_problem_that_does_not_fit_together_says_where(arguments, words):
@@ -71,7 +94,7 @@ def test_building_a_problem_copies_its_tables_and_seals_the_copies():
 
 
 def test_tied_units_become_one_with_summed_costs_and_losses(tied_units):
-    tied = tied_units.tied()
+    tied = tied_units.plain()
     assert tied.units == ("q+k", "o")
     assert tied.groups == ()
     assert tied.costs["bits"].tolist() == [[4.0, 8.0], [3.0, 6.0]]
@@ -88,7 +111,7 @@ def test_tied_units_become_one_with_summed_costs_and_losses(tied_units):
 @given(data=st.data())
 def test_folding_and_expanding_keep_loss_cost_and_reach(problems, data):
     problem = data.draw(problems())
-    tied = problem.tied()
+    tied = problem.plain()
     choice = np.array(data.draw(st.lists(st.integers(0, tied.shape[1] - 1), min_size=len(tied.units), max_size=8)))
     choice = choice[: len(tied.units)]
     whole = problem.expand(choice)
@@ -142,3 +165,157 @@ def test_the_gap_is_relative_to_the_loss_and_never_negative():
     assert Solution(choice, 0.0, {}, lower_bound=0.0).gap == 0.0
     assert Solution(choice, 4.0, {}).gap is None
     assert Solution(choice, None, {}, lower_bound=1.0).gap is None
+
+
+def block():
+    """Two layers inside a block that can be dropped, and a layer outside, tied to nothing."""
+    return Problem(
+        costs={"bits": [[1.0, 0.0], [4.0, 2.0], [4.0, 2.0], [6.0, 3.0]]},
+        losses=[[0.0, 3.0], [1.0, 2.0], [1.0, 4.0], [1.0, 8.0]],
+        units=["block", "q", "k", "head"],
+        levels=["keep", "drop"],
+        nested={("block", "drop"): ["q", "k"]},
+        interactions={(("q", 1), ("k", 1)): 10.0, (("block", 1), ("head", 1)): -2.0, (("k", 0), ("head", 0)): 0.5},
+    )
+
+
+def test_absent_units_cost_nothing_lose_nothing_and_do_not_interact():
+    problem = block()
+    assert problem.loss([0, 1, 1, 0]) == 0.0 + 2.0 + 4.0 + 1.0 + 10.0
+    assert problem.loss([1, 1, 1, 0]) == 3.0 + 1.0
+    assert problem.loss([1, 0, 0, 1]) == 3.0 + 8.0 - 2.0
+    assert problem.cost([1, 0, 0, 1]) == {"bits": 3.0}
+    assert problem.present([1, 0, 0, 1]).tolist() == [True, False, False, True]
+    assert problem.named([1, 0, 0, 1]) == {"block": "drop", "head": "drop"}
+    assert problem.reachable("bits") == (3.0, 15.0)
+    assert problem.outer.tolist() == [0, 3]
+    assert not problem.separable
+
+
+def test_an_absent_unit_needs_no_available_level():
+    problem = Problem(costs={"bits": [[1.0, 0.0], [np.inf, 2.0]]}, nested={(0, 1): [1]})
+    assert problem.feasible([1, 0])
+    assert not problem.feasible([0, 0])
+
+
+def test_a_fixed_unit_has_no_other_level():
+    problem = Problem(costs={"bits": BITS}, losses=BITS, **NAMES, fixed={"o": "4b"})
+    assert problem.fixed == {1: 1}
+    assert problem.available.tolist() == [[True, True], [False, True]]
+    assert problem.reachable("bits") == (8.0, 10.0)
+    assert not problem.feasible([0, 0])
+
+
+def test_units_and_levels_go_by_name_or_by_index():
+    named = block()
+    indexed = Problem(
+        costs=named.costs,
+        losses=named.losses,
+        nested={(0, 1): [1, 2]},
+        interactions={((2, 1), (1, 1)): 10.0, ((0, 1), (3, 1)): -2.0, ((2, 0), (3, 0)): 0.5},
+    )
+    assert (named.nested, named.interactions) == (indexed.nested, indexed.interactions)
+
+
+def test_interactions_of_tied_units_become_losses_of_their_set():
+    problem = dataclasses.replace(block(), groups=[["q", "k"]])
+    plain = problem.plain()
+    assert plain.units == ("block", "q+k", "head")
+    assert plain.losses.tolist() == [[0.0, 3.0], [2.0, 16.0], [1.0, 8.0]]
+    assert plain.nested == {(0, 1): (1,)}
+    assert plain.interactions == {((0, 1), (2, 1)): -2.0, ((1, 0), (2, 0)): 0.5}
+
+
+def test_the_reverse_form_is_the_same_question_with_losses_and_costs_exchanged():
+    problem = dataclasses.replace(block(), interactions={}, minimize="bits", max_loss=8.0, budgets={"bits": 12.0})
+    plain = problem.plain()
+    assert (plain.minimize, plain.groups, plain.max_loss) == ("loss", (), math.inf)
+    assert plain.losses.tolist() == problem.costs["bits"].tolist()
+    assert plain.costs["loss"].tolist() == problem.losses.tolist()
+    assert plain.budgets == {"bits": 12.0, "loss": 8.0}
+    for choice in np.ndindex(2, 2, 2, 2):
+        assert plain.feasible(choice) == problem.feasible(choice)
+        assert plain.loss(choice) == problem.cost(choice)["bits"]
+    with pytest.raises(UsageError, match="not separable when units interact"):
+        dataclasses.replace(block(), minimize="bits", max_loss=8.0).plain()
+
+
+def test_a_loss_out_of_reach_is_named_in_the_reverse_form_and_in_its_plain_problem():
+    problem = dataclasses.replace(block(), interactions={}, minimize="bits", max_loss=2.5)
+    for asked in (problem, problem.plain()):
+        with pytest.raises(InfeasibleBudget, match=r"max_loss 2\.5 is below the least reachable 3 \(short by 0\.5\)"):
+            asked.check_budgets()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_sums_are_those_of_the_definition_whatever_binds_the_units(problems, sums, data):
+    problem = data.draw(problems(n_budgets=2, nested=True, interactions=True, negative=True))
+    levels = st.integers(0, problem.shape[1] - 1)
+    choice = problem.expand(data.draw(st.lists(levels, min_size=len(problem.plain().units), max_size=5)))
+    expected = sums(problem, choice.tolist())
+    assert {**problem.cost(choice), "loss": problem.loss(choice)} == expected
+    plain = problem.plain()
+    folded = problem.fold(choice)
+    assert {**plain.cost(folded), "loss": plain.loss(folded)} == pytest.approx(expected)
+    assert problem.expand(plain.present(folded)).tolist() == problem.present(choice).tolist()
+    assert plain.feasible(folded) == problem.feasible(choice)
+
+
+def test_a_problem_comes_back_from_its_frame_and_its_arrow_table():
+    problem = Problem(
+        costs={"bits": with_entry(BITS, 0, 1, np.inf), "ms": BITS}, losses=BITS / 8, budgets={"ms": 9.0}, **NAMES
+    )
+    for table in (problem.to_frame(), problem.to_arrow()):
+        copy = Problem.from_frame(table, budgets={"ms": 9.0}, fixed={"o": "4b"})
+        assert (copy.units, copy.levels, list(copy.costs)) == (("q", "o"), ("2b", "4b"), ["bits", "ms"])
+        assert copy.available.tolist() == [[True, False], [False, True]]
+        assert copy.loss([0, 1]) == problem.loss([0, 1])
+        assert copy.cost([0, 1]) == problem.cost([0, 1])
+        assert (copy.budgets, copy.fixed) == ({"ms": 9.0}, {1: 1})
+
+
+def test_columns_may_have_other_names_and_losses_may_be_missing():
+    frame = Problem(costs={"bits": BITS}, **NAMES).to_frame().rename(columns={"unit": "layer", "level": "recipe"})
+    copy = Problem.from_frame(frame, unit="layer", level="recipe", loss=None, costs=["bits"])
+    assert copy.losses is None
+    assert np.array_equal(copy.costs["bits"], BITS)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda frame: frame.drop(columns="unit"), ["no column unit", "level, bits, loss"]),
+        (lambda frame: frame.drop(columns="loss"), ["no column loss"]),
+        (lambda frame: frame.iloc[[0, 1, 1]], ["two rows for q at 4b"]),
+        (lambda frame: frame.assign(loss=[1.0, None, 1.0, 1.0]), ["loss is null for q at 4b"]),
+        (lambda frame: frame.assign(bits=[1.0, 1.0, None, 1.0]), ["bits is null for o at 2b"]),
+    ],
+)
+def test_a_frame_that_does_not_fit_says_where(change, words):
+    frame = Problem(costs={"bits": BITS}, losses=BITS, **NAMES).to_frame()
+    with pytest.raises(InvalidProblem) as caught:
+        Problem.from_frame(change(frame))
+    assert all(word in caught.value.message for word in words), caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"costs": np.ones((2, 2))}, "costs are tables by resource, found ndarray"),
+        ({"budgets": 7}, "budgets are numbers by resource, found 7"),
+        ({"groups": ["ab"]}, r"a group: 'ab' is not a list of units"),
+        ({"nested": {("a", 0): "b"}}, r"nested: 'b' is not a list of units"),
+    ],
+)
+def test_likely_slips_of_the_keyboard_are_refused_and_named(change, message):
+    arguments = {"costs": {"bits": np.ones((2, 2))}, "units": ["a", "b"]} | change
+    with pytest.raises(InvalidProblem, match=message):
+        Problem(**arguments)
+
+
+def test_a_solution_may_stand_where_its_choice_may():
+    problem = Problem(costs={"bits": [[1, 2]]}, losses=[[1, 0]], units=["a"], levels=["low", "high"])
+    solution = problem.solution([1])
+    assert problem.named(solution) == {"a": "high"}
+    assert (problem.loss(solution), problem.cost(solution), problem.feasible(solution)) == (0.0, {"bits": 2.0}, True)

@@ -52,3 +52,34 @@ def test_where_only_a_mixture_fits_the_nearest_common_level_is_named():
     with pytest.raises(InfeasibleBudget, match=r"int4 comes nearest and needs 5 ms.*short by 2") as caught:
         uniform(crossed)
     assert caught.value.reachable == 5.0
+
+
+def test_blocks_stay_while_their_layers_have_the_common_level():
+    costs = np.array([[0.0, 0.0, np.inf, np.inf], [np.inf, np.inf, 2.0, 4.0], [np.inf, np.inf, 2.0, 4.0]])
+    names = {"units": ["block", "q", "k"], "levels": ["drop", "keep", "2b", "4b"]}
+    for budget, named in [
+        (8.0, {"block": "keep", "q": "4b", "k": "4b"}),
+        (4.0, {"block": "keep", "q": "2b", "k": "2b"}),
+        (1.0, {"block": "drop"}),
+    ]:
+        nested = {("block", "drop"): ["q", "k"]}
+        problem = Problem(costs={"bits": costs}, budgets={"bits": budget}, nested=nested, **names)
+        assert problem.named(uniform(problem).choice) == named
+
+
+def test_the_reverse_form_takes_the_cheapest_common_level_within_the_loss():
+    losses = np.array([[4.0, 2.0, 1.0]] * 2)
+    pair = {((0, 0), (1, 0)): -5.0}
+    for max_loss, interactions, level in [(9.0, {}, 0), (4.0, {}, 1), (4.0, pair, 0), (2.0, {}, 2)]:
+        problem = Problem(
+            costs={"bits": BITS}, losses=losses, interactions=interactions, minimize="bits", max_loss=max_loss
+        )
+        assert uniform(problem).choice.tolist() == [level, level]
+
+
+def test_the_loss_that_no_common_level_reaches_is_named():
+    losses = np.array([[0.0, 5.0, 5.0], [5.0, 0.0, 5.0]])
+    problem = Problem(costs={"bits": BITS}, losses=losses, minimize="bits", max_loss=3.0)
+    with pytest.raises(InfeasibleBudget, match=r"level 0 comes nearest and needs 5 loss.*short by 2") as caught:
+        uniform(problem)
+    assert (caught.value.resource, caught.value.budget, caught.value.reachable) == ("loss", 3.0, 5.0)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from layerwise.errors import InfeasibleBudget, LayerwiseError, UsageError
-from layerwise.solvers import SOLVERS
+from layerwise.solvers import SEARCHES, SOLVERS
 from layerwise.stages.allocate import AllocateParams
 from layerwise.stages.allocation import CostTable, load_allocations
 from layerwise.stages.database import DatabaseIndex
@@ -24,17 +24,20 @@ from layerwise.stages.database import DatabaseIndex
 QUICK = {
     "generations": 4, "offspring": 6, "survivors_per_selection": [2, 1], "tokens_per_selection": [32, 96],
 }  # fmt: skip
+SHORT = {"evaluations": 24, "batch": 4, "population": 6, "tokens_per_ask": 64}
+"""For the other searches: settings that one of them does not have mean nothing to it."""
+SEPARABLE = [name for name in SOLVERS if name != "brute"]  # 21 units are too many for enumeration
 BUDGETS = {"bits": [2.5, 3.0, 3.6]}
 
 
 @pytest.mark.parametrize("tie", ["none", "fused"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("solver", [*SOLVERS, "evolve"])
+@pytest.mark.parametrize("solver", [*SEPARABLE, *SEARCHES])
 def test_every_solver_stays_within_every_budget(
     chain: Callable[[str], Any], family: str, solver: str, tie: str
 ) -> None:
     made = chain(family)
-    settings = QUICK if solver == "evolve" else {}
+    settings = QUICK if solver == "evolve" else SHORT
     found = made.allocate({"solver": solver, "budgets": BUDGETS, "tie": tie, **settings})
     allocations, rows = load_allocations(found.out), found.rows["allocations"]
     units = DatabaseIndex(made.levels.out).units
@@ -120,7 +123,32 @@ def test_every_scored_candidate_is_accounted_for(chain: Callable[[str], Any]) ->
         assert candidate["bits"] <= float(candidate["budget"].removeprefix("bits=")) * (1 + 1e-9)
         assert candidate["bytes"] == table.describe(candidate["genome"])["bytes"]
         assert candidate["status"] == "ok"
-    assert any(note.startswith("generations, bits=3, parent at kl") for _, _, note in found.progress)
+    assert any(note.startswith("generations, bits=3, best at kl") for _, _, note in found.progress)
+
+
+@pytest.mark.parametrize("solver", SEARCHES)
+def test_every_search_stops_where_it_is_told_and_is_never_above_its_start(
+    chain: Callable[[str], Any], solver: str
+) -> None:
+    made = chain("llama")
+    (begin,) = load_allocations(made.allocate({"solver": "ilp", "budgets": {"bits": 2.5}}).out)
+    found = made.allocate({"solver": solver, "budgets": {"bits": 2.5}, **QUICK, **SHORT, "evaluations": 20})
+    (end,), (row,) = load_allocations(found.out), found.rows["allocations"]
+    assert (end.kl or 1) <= (begin.kl or 0)
+    assert 1 <= row["evaluations"] <= 20
+    assert len(found.rows["candidates"]) == row["evaluations"]
+    assert {candidate["solver"] for candidate in found.rows["candidates"]} == {solver}
+
+
+def test_what_a_search_does_not_read_is_no_part_of_its_key() -> None:
+    def material(**params: Any) -> dict[str, Any]:
+        return AllocateParams.model_validate({"budgets": {"bits": 3}, **params}).material()
+
+    assert material(solver="random", offspring=5, preset="quick") == material(solver="random")
+    assert material(solver="random", batch=5) != material(solver="random")
+    assert material(solver="evolve", batch=5) == material(solver="evolve")
+    assert material(solver="evolve", offspring=5) != material(solver="evolve")
+    assert material(solver="ilp", seed=5, evaluations=7) == material(solver="ilp")
 
 
 def test_perplexity_can_be_what_is_minimised(chain: Callable[[str], Any]) -> None:
@@ -176,7 +204,7 @@ def test_budgets_that_only_fail_together_are_refused_in_the_users_words(chain: C
     menu = [{"method": "rtn", "bits": 2, "group_size": 2}, {"method": "rtn", "bits": 4, "group_size": -1}]
     levels = made.bench.run("compress", {"menu": menu}, statistics=made.stats.out)  # 10 and 4.5 effective bits
     profile = made.bench.run("profile", {"metrics": ["weight_nmse"]}, database=levels.out)
-    for solver in [*(set(SOLVERS) - {"dp"}), "evolve"]:  # dp takes one budget at a time, and says so
+    for solver in [*(set(SEPARABLE) - {"dp"}), *SEARCHES]:  # dp takes one budget at a time, and says so
         params = {
             "solver": solver,
             "budgets": {"bits": 3, "effective_bits": 5},

@@ -1,0 +1,215 @@
+"""What `Problem` refuses when it is built. Every message names the unit and the level where the mistake stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from layerwise.errors import InvalidProblem
+
+_LOSS = "loss"
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of units and levels, and what an index or a name refers to."""
+
+    units: tuple[str, ...]
+    levels: tuple[str, ...]
+    _unit_index: dict[str, int] = field(init=False, repr=False)
+    _level_index: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_unit_index", {name: index for index, name in enumerate(self.units)})
+        object.__setattr__(self, "_level_index", {name: index for index, name in enumerate(self.levels)})
+
+    def unit(self, reference: Any, where: str) -> int:
+        return _resolved("unit", reference, self._unit_index, where)
+
+    def level(self, reference: Any, where: str) -> int:
+        return _resolved("level", reference, self._level_index, where)
+
+    def place(self, reference: Any, where: str) -> tuple[int, int]:
+        if not isinstance(reference, tuple) or len(reference) != 2:
+            raise InvalidProblem(f"{where}: {reference!r} is not a (unit, level)")
+        return self.unit(reference[0], where), self.level(reference[1], where)
+
+    def listed(self, units: Iterable[int]) -> str:
+        return ", ".join(self.units[unit] for unit in units)
+
+    def at(self, place: tuple[int, int]) -> str:
+        return f"{self.units[place[0]]} at {self.levels[place[1]]}"
+
+
+def _resolved(what: str, reference: Any, index: Mapping[str, int], where: str) -> int:
+    if isinstance(reference, str):
+        if reference not in index:
+            raise InvalidProblem(f"{where}: no {what} is named {reference}")
+        return index[reference]
+    if isinstance(reference, bool) or not isinstance(reference, int | np.integer):
+        raise InvalidProblem(f"{where}: a {what} is an index or a name, found {reference!r}")
+    if not 0 <= reference < len(index):
+        raise InvalidProblem(f"{where} names {what} {reference}, but {what}s go from 0 to {len(index) - 1}")
+    return int(reference)
+
+
+def table(what: str, given: ArrayLike) -> NDArray[np.float64]:
+    """A copy of a (units, levels) table."""
+    try:
+        array = np.array(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidProblem(f"the {what} table is not a table of numbers: {error}") from error
+    if array.ndim != 2 or 0 in array.shape:
+        raise InvalidProblem(f"the {what} table must be (units, levels), at least one of each; found {array.shape}")
+    return array
+
+
+def cost_tables(costs: Any) -> dict[str, NDArray[np.float64]]:
+    if not isinstance(costs, Mapping):
+        raise InvalidProblem(f"costs are tables by resource, found {type(costs).__name__}", hint='costs={"bytes": ...}')
+    if not costs:
+        raise InvalidProblem("a problem needs the cost of at least one resource")
+    if _LOSS in costs:
+        raise InvalidProblem("no resource can be named loss", hint="give it as losses, or under another name")
+    return {resource: table(f"{resource} cost", given) for resource, given in costs.items()}
+
+
+def common_shape(tables: Mapping[str, NDArray[np.float64]]) -> tuple[int, int]:
+    shapes = {name: (entries.shape[0], entries.shape[1]) for name, entries in tables.items()}
+    if len(set(shapes.values())) > 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise InvalidProblem(f"all tables must have the same units and levels; found {found}")
+    return next(iter(shapes.values()))
+
+
+def names(what: str, given: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    if given is None:
+        return tuple(f"{what} {index}" for index in range(count))
+    if len(given) != count:
+        raise InvalidProblem(f"{len(given)} {what} names for {count} {what}s")
+    seen: set[str] = set()
+    for name in given:
+        if name in seen:
+            raise InvalidProblem(f"two {what}s are named {name}")
+        seen.add(name)
+    return tuple(given)
+
+
+def numbers(costs: Mapping[str, NDArray[np.float64]], losses: NDArray[np.float64] | None, named: Names) -> None:
+    for resource, entries in costs.items():
+        _refuse(np.isnan(entries), f"{resource} cost is NaN", named)
+        _refuse(entries < 0, f"{resource} cost is negative", named)
+    if losses is not None:
+        _refuse(np.isnan(losses), "loss is NaN", named)
+        _refuse(np.isneginf(losses), "loss is -inf", named)
+
+
+def _refuse(wrong: NDArray[np.bool_], what: str, named: Names) -> None:
+    where = np.argwhere(wrong)
+    if len(where):
+        unit, level = where[0]
+        rest = len(where) - 1
+        more = f" (and at {rest} more place{'s' if rest > 1 else ''})" if rest else ""
+        raise InvalidProblem(f"{what} for {named.at((unit, level))}{more}")
+
+
+def disjoint(groups: Sequence[Sequence[Any]], named: Names) -> tuple[tuple[int, ...], ...]:
+    checked = [tuple(named.unit(unit, "a group") for unit in _several(group, "a group")) for group in groups]
+    checked = [group for group in checked if group]
+    seen: set[int] = set()
+    for unit in (unit for group in checked for unit in group):
+        if unit in seen:
+            raise InvalidProblem(f"{named.units[unit]} stands in more than one group")
+        seen.add(unit)
+    return tuple(checked)
+
+
+def _several(units: Any, where: str) -> Sequence[Any]:
+    """A sequence of units; a name by itself would be read as one unit per letter."""
+    if isinstance(units, str) or not isinstance(units, Iterable):
+        raise InvalidProblem(f"{where}: {units!r} is not a list of units", hint=f"say [{units!r}]")
+    return list(units)
+
+
+def nesting(
+    nested: Mapping[Any, Sequence[Any]], groups: Sequence[Sequence[int]], named: Names
+) -> dict[tuple[int, int], tuple[int, ...]]:
+    checked = {
+        named.place(place, "nested"): tuple(named.unit(unit, "nested") for unit in _several(inside, "nested"))
+        for place, inside in nested.items()
+    }
+    place_of: dict[int, tuple[int, int]] = {}
+    for place, inside in checked.items():
+        for unit in inside:
+            if unit in place_of:
+                raise InvalidProblem(
+                    f"{named.units[unit]} is nested in {named.at(place_of[unit])} and in {named.at(place)}"
+                )
+            place_of[unit] = place
+    for unit, place in place_of.items():
+        if place[0] in place_of:
+            raise InvalidProblem(f"{named.units[unit]} is nested in {named.units[place[0]]}, which is nested itself")
+    for group in groups:
+        _nested_alike(group, place_of, groups, named)
+    return {place: inside for place, inside in checked.items() if inside}
+
+
+def _nested_alike(
+    group: Sequence[int], place_of: Mapping[int, tuple[int, int]], groups: Sequence[Sequence[int]], named: Names
+) -> None:
+    """Tied units must always be absent together: nested in one place, or at one level of tied units."""
+    sets = {unit: index for index, tied in enumerate(groups) for unit in tied}
+    homes = {place_of.get(unit) for unit in group}
+    tied_homes = {None if home is None else (sets.get(home[0], -1 - home[0]), home[1]) for home in homes}
+    if len(tied_homes) > 1:
+        raise InvalidProblem(f"the tied units {named.listed(group)} are not nested in the same place")
+    units = {home[0] for home in homes if home is not None}
+    if units & set(group):
+        raise InvalidProblem(f"{named.listed(units & set(group))} is tied to a unit that is nested in it")
+
+
+def pairs(interactions: Mapping[Any, float], named: Names) -> dict[tuple[tuple[int, int], tuple[int, int]], float]:
+    """With the pair in the order of its units."""
+    checked: dict[tuple[tuple[int, int], tuple[int, int]], float] = {}
+    for pair, loss in interactions.items():
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise InvalidProblem(f"interactions: {pair!r} is not a pair of (unit, level)")
+        first, second = sorted(named.place(place, "interactions") for place in pair)
+        between = f"{named.at(first)} and {named.at(second)}"
+        if first[0] == second[0]:
+            raise InvalidProblem(f"interactions: {between} are the same unit")
+        if (first, second) in checked:
+            raise InvalidProblem(f"the interaction of {between} is given twice")
+        if not math.isfinite(loss):
+            raise InvalidProblem(f"the interaction of {between} is {loss}")
+        checked[first, second] = float(loss)
+    return checked
+
+
+def budgets(given: Any, costs: Mapping[str, object]) -> dict[str, float]:
+    if not isinstance(given, Mapping):
+        raise InvalidProblem(f"budgets are numbers by resource, found {given!r}", hint='budgets={"bytes": ...}')
+    for resource, budget in given.items():
+        if resource not in costs:
+            raise InvalidProblem(f"budget for {resource}, but costs are known for {', '.join(costs)} only")
+        if math.isnan(budget):
+            raise InvalidProblem(f"the {resource} budget is NaN")
+    return {resource: float(budget) for resource, budget in given.items()}
+
+
+def objective(minimize: str, max_loss: float, costs: Mapping[str, object], losses: object) -> None:
+    if minimize not in (_LOSS, *costs):
+        raise InvalidProblem(
+            f"{minimize} cannot be minimised; there is loss and there are the costs {', '.join(costs)}"
+        )
+    if math.isnan(max_loss):
+        raise InvalidProblem("max_loss is NaN")
+    if minimize == _LOSS and math.isfinite(max_loss):
+        raise InvalidProblem("max_loss limits nothing while the loss is minimised", hint="say minimize=<a resource>")
+    if minimize != _LOSS and losses is None:
+        raise InvalidProblem(f"the least {minimize} within a loss needs losses")
