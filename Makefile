@@ -32,6 +32,7 @@ test: lint
 bench: setup
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/main_job.py
 
 faults: setup

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from layerwise.errors import UsageError
 from layerwise.solvers._ilp import ilp
 from layerwise.solvers._lagrange import Lagrangian, nearest
-from layerwise.solvers.problem import Choice, Problem, Solution, certified, require_losses
+from layerwise.solvers.problem import Choice, Problem, Solution, certified, require_losses, scale_of
 
 _COARSE = 1e3
 """A level that loses this many times the whole answer blunts the arithmetic: it is barred, and the rest resolved."""
@@ -75,12 +75,7 @@ def branch(problem: Problem, time_limit: float | None = None, gap: float = 1e-10
     plain = problem.plain()
     assert plain.losses is not None
     losses, least = plain.above_least(plain.losses)
-    above = plain.variant(losses=losses)
-    offset = math.fsum(least.tolist())
-    found = _solved(above, offset, gap, deadline, max_states)
-    while (without := _without_levels_above(above, found.loss)) is not None:
-        above, again = without, _solved(without, offset, gap, deadline, max_states)
-        found = again if again.loss <= found.loss else again._replace(choice=found.choice, loss=found.loss)
+    found = _solved(plain.variant(losses=losses), math.fsum(least.tolist()), gap, deadline, max_states)
     bound = math.fsum([*least.tolist(), found.bound])
     return certified(problem, found.choice, bound, started, "time_limit" if found.late else "feasible")
 
@@ -110,18 +105,32 @@ class _Found(NamedTuple):
 
 def _solved(problem: Problem, offset: float, gap: float, deadline: float, max_states: int) -> _Found:
     """The best allocation; `offset` is what the losses were counted above, for `gap` is relative to the whole."""
-    relaxed = Lagrangian(problem)
-    prices = relaxed.best_prices()
-    bound = relaxed.bound(prices)
-    choice = nearest(relaxed, prices)
-    loss = problem.loss(choice)
-    assert loss is not None
-    search = _Search(relaxed, prices, choice, loss - bound, tolerance=gap * abs(offset + loss), max_states=max_states)
-    better = search.run(deadline)
-    if better is not None and problem.feasible(better):
-        choice, loss = better, problem.loss(better)
-    assert loss is not None
-    return _Found(choice, loss, min(loss, bound + min(search.gap, search.floor)), search.late)
+    choice, loss = None, math.inf
+    while True:
+        relaxed = Lagrangian(problem)
+        prices = relaxed.best_prices()
+        bound = relaxed.bound(prices)
+        choice, loss = _better(problem, choice, loss, nearest(relaxed, prices))
+        without = _without_levels_above(problem, loss)
+        if without is None:
+            tolerance = gap * abs(offset + loss)
+            search = _Search(relaxed, prices, choice, loss - bound, tolerance, max_states)
+            choice, loss = _better(problem, choice, loss, search.run(deadline))
+            without = _without_levels_above(problem, loss)
+        if without is None:
+            return _Found(choice, loss, min(loss, bound + min(search.gap, search.floor)), search.late)
+        problem = without
+
+
+def _better(problem: Problem, known: Choice | None, loss: float, other: Choice | None) -> tuple[Choice, float]:
+    """The better one of an allocation and another, which may be None or break a limit by rounding; with its loss."""
+    if other is not None and problem.feasible(other):
+        other_loss = problem.loss(other)
+        assert other_loss is not None
+        if known is None or other_loss < loss:
+            return other, other_loss
+    assert known is not None
+    return known, loss
 
 
 class _Options(NamedTuple):
@@ -187,7 +196,7 @@ class _Search:
         self.penalties = relaxed.penalties(prices)
         self.base = self._base(known)
         self.room = relaxed.limits - relaxed.spent(self.base)
-        self.weights = 1.0 / np.where(relaxed.limits == 0, 1.0, np.abs(relaxed.limits))
+        self.weights = 1.0 / scale_of(relaxed.limits)
         rows = np.arange(len(self.base))
         self.extra = self.penalties - self.penalties[rows, self.base][:, None]
         self.extra[rows, self.base] = np.inf  # no other way than the base

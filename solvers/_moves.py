@@ -38,6 +38,7 @@ class Moves:
         n_units, n_levels = problem.shape
         self._problem = problem
         self._rows = np.arange(n_units)
+        self._all = np.ones(n_units, dtype=np.bool_)
         limits = np.array(list(problem.limits.values()), dtype=np.float64)
         self._limits = limits + np.abs(limits) * ROUNDING
         costs = [problem.costs[resource] for resource in problem.limits]
@@ -53,7 +54,7 @@ class Moves:
 
     def can_rise(self, choice: Choice) -> bool:
         """True if any step up fits in the budgets."""
-        return bool((self._affordable(choice) & self._problem.present(choice)).any())
+        return bool((self._affordable(choice) & self._present(choice)).any())
 
     def filled(self, choice: Choice, rng: np.random.Generator) -> Choice:
         """The allocation after random steps up, until none fits any more."""
@@ -116,15 +117,18 @@ class Moves:
         self, choice: Choice, ladder: NDArray[np.int64], allowed: NDArray[np.bool_], rng: np.random.Generator
     ) -> int | None:
         """Move one random unit of those allowed along the ladder, in place; None if none can."""
-        units = np.flatnonzero(allowed & (ladder[self._rows, choice] >= 0) & self._problem.present(choice))
+        units = np.flatnonzero(allowed & (ladder[self._rows, choice] >= 0) & self._present(choice))
         if len(units) == 0:
             return None
         unit = int(units[rng.integers(len(units))])
         choice[unit] = ladder[unit, choice[unit]]
         return unit
 
+    def _present(self, choice: Choice) -> NDArray[np.bool_]:
+        return self._problem.present(choice) if self._problem.nested else self._all
+
     def _used(self, choice: Choice) -> NDArray[np.float64]:
-        return np.asarray(self._costs[self._rows, choice][self._problem.present(choice)].sum(axis=0))
+        return np.asarray(self._costs[self._rows, choice][self._present(choice)].sum(axis=0))
 
     def _over(self, choice: Choice) -> NDArray[np.bool_]:
         """(budgets,): the budget is exceeded."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from layerwise.solvers.problem import ROUNDING, Choice, Problem
+from layerwise.solvers.problem import ROUNDING, Choice, Problem, scale_of
 
 Prices = dict[str, float]
 """By limited resource, what a unit of its cost is worth in loss."""
@@ -54,7 +54,7 @@ class _Moves:
 
     def excess(self) -> tuple[float, NDArray[np.float64]]:
         """By how much the limits are exceeded in all, as shares of them: now, and (units, levels) after each move."""
-        scale = np.array([abs(limit) or 1.0 for limit in self._problem.limits.values()])[:, None, None]
+        scale = scale_of([*self._problem.limits.values()])[:, None, None]
         now, after = np.maximum(self.over, 0.0) / scale, np.maximum(self.over + self.costs, 0.0) / scale
         return float(now.sum()), after.sum(axis=0)
 

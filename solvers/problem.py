@@ -46,6 +46,9 @@ LOSS = "loss"
 BUDGET_TOLERANCE = 1e-9
 """Relative: a budget that was printed and typed in again must still admit the allocation that it came from."""
 
+_NOTHING = 1e-200
+"""Amounts below this are no scale for others: a quotient could leave the range of floating point."""
+
 PROVEN = 1e-9
 """Relative gap up to which an answer counts as the optimum."""
 
@@ -241,8 +244,8 @@ class Problem:
         """
         total = np.zeros(self.shape)
         for resource in self.limits or self.costs:
-            scale = abs(self.limits.get(resource, 0.0)) or abs(self.reachable(resource)[1])
-            total += self.amounts(resource) / (scale or 1.0)
+            amount = self.limits.get(resource, 0.0) or self.reachable(resource)[1]
+            total += self.amounts(resource) / scale_of(amount)
         return total
 
     def amounts(self, resource: str) -> NDArray[np.float64]:
@@ -491,6 +494,12 @@ class Problem:
         if ((array < 0) | (array >= n_levels)).any():
             raise UsageError(f"an allocation has level indices from 0 to {n_levels - 1}, found {array.tolist()}")
         return array.astype(np.int64)
+
+
+def scale_of(amount: ArrayLike) -> NDArray[np.float64]:
+    """What to divide amounts of that order by: its absolute value, or 1 where that is next to nothing."""
+    size = np.abs(np.asarray(amount, dtype=np.float64))
+    return np.where(size > _NOTHING, size, 1.0)
 
 
 def certified(

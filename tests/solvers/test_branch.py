@@ -208,3 +208,16 @@ def test_max_states_must_be_positive(tied_units):
 def test_without_limits_every_unit_has_its_best_level(tied_units):
     free = replace(tied_units, budgets={"bits": math.inf})
     assert (branch(free).choice.tolist(), branch(free).gap) == ([1, 1, 1], 0.0)
+
+
+def test_a_catastrophic_level_does_not_blunt_the_prices_of_two_budgets():
+    rng = np.random.default_rng(0)
+    bits, sizes = np.array([2.0, 3.0, 4.0, 8.0]), rng.uniform(1, 3, 60)[:, None]
+    costs = {"bits": sizes * bits, "ms": rng.uniform(1, 3, (60, 4)) * np.array([1.5, 2.0, 3.0, 4.0])}
+    losses = rng.lognormal(0, 1, 60)[:, None] * 4.0 ** -np.arange(4) * 1e-9
+    losses[:, 0] = 1e9
+    ends = Problem(costs=costs, losses=losses)
+    budgets = {resource: sum(ends.reachable(resource)) / 2 for resource in costs}
+    solution = branch(Problem(costs=costs, losses=losses, budgets=budgets))
+    assert solution.status == "optimal"
+    assert solution.loss < 1e-6
