@@ -165,8 +165,7 @@ def frontier(problem: Problem, over: str, *, exact: bool = False, max_states: in
     ends = non_dominated_ends(plain, costs, math.inf, max_states)
     rounded = ends is None
     if ends is None:
-        most = plain.reachable(over)
-        room = most[1] - most[0]
+        room = math.fsum(np.where(plain.available, costs, 0.0).max(axis=1).tolist())  # above 0, or one state would do
         step = room / max_states
         ends = on_grid(plain, costs, room + plain.shape[0] * step, step, np.ceil)  # rounding up adds a step per unit
     return Frontier(free, over, _EndPoints(plain, over, ends, optimal=not rounded), exact=not rounded)

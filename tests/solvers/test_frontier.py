@@ -216,3 +216,10 @@ def test_points_are_counted_from_either_end_and_no_further(exact, tied_units):
     frame = curve.to_frame()
     assert frame.columns.tolist() == ["bits", "loss"]
     assert frame.to_numpy().tolist() == [list(point) for point in points(curve)]
+
+
+def test_a_range_that_vanishes_beside_the_cheapest_cost_still_has_a_coarse_frontier():
+    problem = Problem(costs={"bits": [[1e-12, 0.0], [16384.0, np.inf]]}, losses=[[0.0, 1.0], [0.0, np.inf]])
+    curve = frontier(problem, over="bits", exact=True, max_states=1)
+    assert curve.losses.tolist() in ([0.0], [1.0, 0.0])
+    assert all(problem.feasible(curve.choice(index)) for index in range(len(curve)))
