@@ -98,6 +98,12 @@ class InvalidProblem(LayerwiseError):
     exit_code = 2
 
 
+class ClusterError(LayerwiseError):
+    """A Ray cluster that cannot be reached, or that does not let us in."""
+
+    exit_code = 5
+
+
 class UnsupportedModel(LayerwiseError):
     """A model, or a unit of one, that layerwise cannot take apart."""
 

@@ -9,6 +9,8 @@ import logging
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layerwise.pipeline.run import Run
+    from layerwise.pipeline.status import RunState
     from layerwise.pipeline.workflow import Workflow
     from layerwise.results.store import Store
 
@@ -33,6 +36,8 @@ app = typer.Typer(
 STOPPED = 3
 """Exit code of a run that was interrupted and can go on."""
 
+ENDS = {"ok": 0, "failed": 1, "stopped": STOPPED, "interrupted": STOPPED}
+"""Exit code of who followed a run to its end, by how it ended."""
 
 Format = Literal["table", "csv", "json", "markdown"]
 TO_READ: tuple[Format, ...] = ("table", "markdown")
@@ -47,6 +52,18 @@ SetOption = Annotated[
     typer.Option("-s", "--set", metavar="PATH=VALUE", help="set any key, e.g. stages.search.with.seed=1"),
 ]
 ProfileOption = Annotated[str | None, typer.Option("--profile", help="lay a block of `profiles:` over the file")]
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="a run id, its start, or a workflow's name; the newest run if left out"),
+]
+OneRunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run id, its start, or a workflow's name")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="join a running Ray cluster that sees the same files: auto, host:port or ray://host:port",
+    ),
+]
 ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="results folder")]
 FormatOption = Annotated[Format, typer.Option("--format", help="how to print the table")]
 RESULTS = Path("layerwise-results")
@@ -60,6 +77,7 @@ def run(
     profile: ProfileOption = None,
     results: ResultsOption = RESULTS,
     executor: Annotated[str, typer.Option(help="where the work runs: ray or inline")] = "ray",
+    address: AddressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what is cached and what would run")] = False,
 ) -> None:
     """Run a workflow; what is done already is not done again."""
@@ -67,18 +85,14 @@ def run(
     from layerwise.pipeline.run import Run
 
     _check_executor(executor)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with _stoppable():
         prepared = Run(_load(workflow, param, set_, profile), results, open_display())
         if dry_run:
             for plan in prepared.plan():
                 state = "cached" if plan.artifact else f"would run ({plan.reason})"
                 print(f"{plan.node.id}: {state}")
             return
-        _execute(prepared, executor)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: {_again()}", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
+        _execute(prepared, executor, address=address)
     _print_outcome(prepared.store, prepared.id)
 
 
@@ -136,10 +150,98 @@ def runs(results: ResultsOption = RESULTS, format_: FormatOption = "table") -> N
 
 
 @app.command()
-def frontier(
-    run: Annotated[
-        str | None, typer.Argument(help="a run id, its start, or a workflow's name; the newest run if left out")
+def status(run: RunArgument = None, results: ResultsOption = RESULTS, format_: FormatOption = "table") -> None:
+    """Say how every run stands, or how each stage of one run does."""
+    from layerwise.pipeline.status import run_state, run_states, runs_status_table, stages_status_table
+
+    store, readable = _open(results), format_ in TO_READ
+    if run is None:
+        states = run_states(store)
+        _print_table(runs_status_table(states, readable), format_)
+    else:
+        states = [run_state(store, run)]
+        _print_run_state(states[0], stages_status_table(states[0], readable), format_)
+    for state in states:
+        if readable and state.status in ("stopped", "interrupted", "failed"):
+            _print_how_to_go_on(store, state.run, state.status)
+
+
+@app.command()
+def logs(
+    run: RunArgument = None,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="go on until the run ends, and end with its exit code")
+    ] = False,
+    stage: Annotated[str | None, typer.Option(help="only lines about this stage")] = None,
+    attempt: Annotated[int | None, typer.Option(help="of which start of the run; the latest if left out")] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Print the log of a run's latest attempt."""
+    from layerwise.pipeline.lifecycle import check_stage, find_attempt, follow_log, read_log
+    from layerwise.pipeline.status import attempt_status, run_state
+
+    store = _open(results)
+    state = run_state(store, run)
+    if stage is not None:
+        check_stage(state, stage)
+    number = find_attempt(store, state.run, attempt)
+    if number > 1 and attempt is None:
+        print(f"attempt {number}; --attempt {number - 1} shows the one before", file=sys.stderr)
+    for line in (follow_log if follow else read_log)(store, state.run, number, stage):
+        print(line, flush=follow)
+    if follow:
+        ended = attempt_status(store, state.run, number)
+        if ended != "ok":
+            _print_how_to_go_on(store, state.run, ended)
+        raise typer.Exit(ENDS[ended])
+
+
+@app.command()
+def stop(
+    run: OneRunArgument,
+    timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="how long to wait for its end")] = 60.0,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Stop a run on this machine; what is finished is kept."""
+    from layerwise.pipeline.lifecycle import stop as stop_run
+
+    store = _open(results)
+    state = stop_run(store, run, timeout)
+    if state.status == "ok":
+        print(f"run {state.run} was finished before it could be stopped", file=sys.stderr)
+    else:
+        _print_how_to_go_on(store, state.run, state.status)
+
+
+@app.command()
+def resume(
+    run: OneRunArgument,
+    results: ResultsOption = RESULTS,
+    executor: Annotated[
+        str | None, typer.Option(help="where the work runs: ray or inline; as the last time if left out")
     ] = None,
+    address: AddressOption = None,
+) -> None:
+    """Go on with a run from its own folder; its workflow file is not needed."""
+    from layerwise.pipeline.display import open_display
+    from layerwise.pipeline.lifecycle import reopen
+    from layerwise.pipeline.status import run_state
+
+    if executor is not None:
+        _check_executor(executor)
+    with _stoppable():
+        store = _open(results)
+        state = run_state(store, run)
+        if state.status == "ok":
+            print(f"run {state.run} is finished already", file=sys.stderr)
+        else:
+            _execute(reopen(store, state, open_display()), executor or state.executor, wait=False, address=address)
+    _print_outcome(store, state.run)
+
+
+@app.command()
+def frontier(
+    run: RunArgument = None,
     over: Annotated[Literal["bits", "effective_bits", "bytes"], typer.Option(help="the cost on one axis")] = "bits",
     loss: Annotated[
         Literal["heldout_kl", "heldout_perplexity", "kl"] | None,
@@ -195,6 +297,28 @@ def show(
         _print_table(details.metrics, format_)
 
 
+@app.command()
+def doctor(
+    results: ResultsOption = RESULTS,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="also check the cluster there, e.g. http://127.0.0.1:8265")
+    ] = None,
+    format_: Annotated[Literal["table", "json"], typer.Option("--format", help="how to print the findings")] = "table",
+) -> None:
+    """Check what layerwise needs: versions, Ray, this machine, the results folder, a cluster."""
+    from layerwise.pipeline.doctor import as_json, as_line, examine
+
+    findings = []
+    for name, finding in examine(results, address):
+        findings.append((name, finding))
+        if format_ == "table":
+            print(as_line(name, finding), flush=True)
+    if format_ == "json":
+        print(as_json(findings))
+    if any(finding.state == "problem" for _, finding in findings):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: turns what a user can mend into a message and an exit code."""
     from layerwise.errors import LayerwiseError
@@ -216,12 +340,27 @@ def _fail(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _execute(prepared: Run, executor: str) -> None:
+def _execute(prepared: Run, executor: str, *, address: str | None, wait: bool = True) -> None:
+    from layerwise.errors import StoreError
+
     try:
-        prepared.execute(executor, sys.argv)
+        prepared.execute(executor, sys.argv, wait=wait, address=address)
+    except StoreError:
+        raise  # says itself what to do
     except Exception:
         print(f"after mending it, go on with: {_again()}", file=sys.stderr)
         raise
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End in good order on SIGTERM and Ctrl-C, and say how to go on."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nstopped; to go on: {_again()}", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
@@ -265,6 +404,31 @@ def _print_table(frame: pd.DataFrame, format_: Format) -> None:
     from layerwise.results.format import format_table
 
     print(format_table(frame, format_), end="")
+
+
+def _print_run_state(state: RunState, stages: pd.DataFrame, format_: Format) -> None:
+    """A run stage by stage, below what is known of the run as a whole."""
+    if format_ == "json":
+        import json
+
+        from layerwise.pipeline.status import runs_status_table
+        from layerwise.results.format import format_table
+
+        (facts,), listed = (json.loads(format_table(t, "json")) for t in (runs_status_table([state]), stages))
+        print(json.dumps({"run": facts, "stages": listed}))
+        return
+    if format_ in TO_READ:
+        from layerwise.results.format import format_value
+
+        started = f"started {format_value(state.started_at)} on {state.where}"
+        print(f"run {state.run}: {state.status}, attempt {state.number} ({state.executor}), {started}\n")
+    _print_table(stages, format_)
+
+
+def _print_how_to_go_on(store: Store, run: str, status: str) -> None:
+    from layerwise.pipeline.lifecycle import resume_command
+
+    print(f"run {run}: {status}; to go on: {resume_command(store, run)}", file=sys.stderr)
 
 
 def _print_frontier(frame: pd.DataFrame, format_: Format) -> None:

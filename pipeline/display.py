@@ -79,8 +79,41 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def left(remaining: float | None) -> str:
+    """The end of a line about progress: the remaining time, if anything can be said of it."""
+    return "" if remaining is None else f", about {clock(remaining)} left"
+
+
 def _summary(seconds: float, cached: int, total: int) -> str:
     return clock(seconds) + (f", {cached} of {total} items were already done" if cached else "")
+
+
+class SilentDisplay:
+    """Shows nothing; a base for displays that care for a few events only."""
+
+    def begin(self, run: str, stages: Sequence[str]) -> None:
+        return
+
+    def cached(self, stage: str) -> None:
+        return
+
+    def start(self, stage: str, uses: str, reason: str) -> None:
+        return
+
+    def progress(self, stage: str, done: int, total: int, note: str) -> None:
+        return
+
+    def finish(self, stage: str, seconds: float, cached: int, total: int) -> None:
+        return
+
+    def note(self, text: str) -> None:
+        return
+
+    def warn(self, text: str) -> None:
+        return
+
+    def end(self) -> None:
+        return
 
 
 class LineDisplay:
@@ -91,37 +124,80 @@ class LineDisplay:
         self._last = 0.0
 
     def begin(self, run: str, stages: Sequence[str]) -> None:
-        self._print(f"run {run}: {len(stages)} stages")
+        self.tell(f"run {run}: {len(stages)} stages")
 
     def cached(self, stage: str) -> None:
-        self._print(f"{stage}: cached")
+        self.tell("cached", stage)
 
     def start(self, stage: str, uses: str, reason: str) -> None:
         self._last = time.monotonic()
-        self._print(f"{stage}: {uses} ({reason})")
+        self.tell(f"{uses} ({reason})", stage)
 
     def progress(self, stage: str, done: int, total: int, note: str) -> None:
         remaining = self._pace.remaining(done, total, note)
         if time.monotonic() - self._last < SECONDS_BETWEEN_LINES:
             return
         self._last = time.monotonic()
-        left = "" if remaining is None else f", about {clock(remaining)} left"
-        self._print(f"{stage}: {done} of {total} {note}{left}")
+        self.tell(f"{done} of {total} {note}{left(remaining)}", stage)
 
     def finish(self, stage: str, seconds: float, cached: int, total: int) -> None:
-        self._print(f"{stage}: done in {_summary(seconds, cached, total)}")
+        self.tell(f"done in {_summary(seconds, cached, total)}", stage)
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self.tell(text)
 
     def warn(self, text: str) -> None:
-        self._print(f"warning: {text}")
+        self.tell(f"warning: {text}")
 
     def end(self) -> None:
         return
 
-    def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+    def tell(self, text: str, stage: str | None = None) -> None:
+        """One line, about a stage or about the run as a whole."""
+        print(text if stage is None else f"{stage}: {text}", file=sys.stderr, flush=True)
+
+
+class Displays:
+    """Tells several displays the same.
+
+    Args:
+        displays: in the order in which they are told.
+    """
+
+    def __init__(self, *displays: Display) -> None:
+        self._displays = displays
+
+    def begin(self, run: str, stages: Sequence[str]) -> None:
+        for display in self._displays:
+            display.begin(run, stages)
+
+    def cached(self, stage: str) -> None:
+        for display in self._displays:
+            display.cached(stage)
+
+    def start(self, stage: str, uses: str, reason: str) -> None:
+        for display in self._displays:
+            display.start(stage, uses, reason)
+
+    def progress(self, stage: str, done: int, total: int, note: str) -> None:
+        for display in self._displays:
+            display.progress(stage, done, total, note)
+
+    def finish(self, stage: str, seconds: float, cached: int, total: int) -> None:
+        for display in self._displays:
+            display.finish(stage, seconds, cached, total)
+
+    def note(self, text: str) -> None:
+        for display in self._displays:
+            display.note(text)
+
+    def warn(self, text: str) -> None:
+        for display in self._displays:
+            display.warn(text)
+
+    def end(self) -> None:
+        for display in self._displays:
+            display.end()
 
 
 class LiveDisplay:
@@ -160,8 +236,7 @@ class LiveDisplay:
 
     def progress(self, stage: str, done: int, total: int, note: str) -> None:
         remaining = self._pace.remaining(done, total, note)
-        left = "" if remaining is None else f", about {clock(remaining)} left"
-        state = f"{done}/{total} {self._plain(note)}{left}"
+        state = f"{done}/{total} {self._plain(note)}{left(remaining)}"
         self._update(stage, mark="[cyan]▶[/cyan]", state=state, done=done, total=total)
 
     def finish(self, stage: str, seconds: float, cached: int, total: int) -> None:

@@ -19,21 +19,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import CorruptArtifact, LayerwiseError
+from layerwise.errors import CorruptArtifact, LayerwiseError, StoreError
 from layerwise.pipeline.account import Account
 from layerwise.pipeline.artifacts import Artifact, ArtifactStore, digest_of, locked
+from layerwise.pipeline.attempt import begin_attempt
 from layerwise.pipeline.display import Display
 from layerwise.pipeline.executors import RawExecutor, open_executor
 from layerwise.pipeline.executors.journal import JournaledExecutor
 from layerwise.pipeline.executors.raw import process_peak_rss_bytes
 from layerwise.pipeline.fetch import Fetched, fetch
+from layerwise.pipeline.runlog import recorded
 from layerwise.pipeline.workflow import Node, Workflow
-from layerwise.results.durable import disk_full_named, make_folder, publish_file
+from layerwise.pipeline.workflow.yaml12 import dump
+from layerwise.results.durable import disk_full_named, make_folder, replace_file
 from layerwise.results.store import Store
 from layerwise.stages.contract import Context, Row
 
 KEY_FORMAT = 1
 """Raised when the material of a key changes its meaning."""
+
+WORKFLOW = "workflow.yaml"
+"""The file in a run's folder that holds its workflow, with nothing left to defaults or to other files."""
 
 
 @dataclass
@@ -147,27 +153,63 @@ class Run:
 
     # --- running ---
 
-    def execute(self, executor: str, argv: Sequence[str] = ()) -> None:
+    def execute(
+        self, executor: str, argv: Sequence[str] = (), *, wait: bool = True, address: str | None = None
+    ) -> None:
         """Run every stage that is not in the cache.
 
         Args:
             executor: `ray` or `inline`; opened at the first stage that is missing.
             argv: the command, for the record.
+            wait: for another process that runs the same; if not, it is an error.
+            address: of a running cluster that the executor is to join.
         Raises:
             LayerwiseError: a stage stopped; what was finished is kept.
+            StoreError: another process runs the same, and it is not to be waited for.
         """
-        with locked(self.folder / "lock", lambda pid: self.display.note(f"waiting: process {pid} runs {self.id}")):
+        with locked(self.folder / "lock", self._wait if wait else self._refuse):
+            self._keep_workflow()
+            attempt = begin_attempt(self.folder, executor, argv, self.artifacts.tmp)
             account = Account(
                 self.store,
                 run=self.id,
-                attempt=self._new_attempt(),
+                attempt=attempt.number,
                 name=self.workflow.name,
                 resolved=self.resolved,
                 executor=executor,
                 argv=argv,
             )
-            with account.open(), self._displayed(), _lazily_opened(executor) as opened:
+            with (
+                account.open(),
+                self._recorded(account.attempt),
+                self._displayed(),
+                _lazily_opened(executor, address) as opened,
+            ):
                 self._execute_stages(account, opened)
+
+    def _wait(self, pid: int | None) -> None:
+        self.display.note(f"waiting: process {pid} runs {self.id}")
+
+    def _refuse(self, pid: int | None) -> None:
+        raise StoreError(
+            f"run {self.id} is at work already{'' if pid is None else f', in process {pid}'}",
+            hint="`layerwise logs -f` follows it, `layerwise stop` ends it",
+        )
+
+    def _keep_workflow(self) -> None:
+        """All that it takes to run this again, wherever the workflow file has gone."""
+        path, text = self.folder / WORKFLOW, dump(self.resolved).encode()
+        if not path.is_file() or path.read_bytes() != text:
+            replace_file(path, text, self.artifacts.tmp)
+
+    @contextmanager
+    def _recorded(self, attempt: int) -> Iterator[None]:
+        shown = self.display
+        try:
+            with recorded(shown, self.folder, attempt) as self.display:
+                yield
+        finally:
+            self.display = shown
 
     @contextmanager
     def _displayed(self) -> Iterator[None]:
@@ -274,21 +316,15 @@ class Run:
             link.unlink(missing_ok=True)
             link.symlink_to(target)
 
-    def _new_attempt(self) -> int:
-        """How many times this run has been started, this time included."""
-        number = len(list((self.folder / "attempts").glob("*.json"))) + 1
-        publish_file(self.folder / "attempts" / f"{number:04}.json", b"{}\n", self.artifacts.tmp)
-        return number
-
 
 @contextmanager
-def _lazily_opened(name: str) -> Iterator[Callable[[], RawExecutor]]:
+def _lazily_opened(name: str, address: str | None) -> Iterator[Callable[[], RawExecutor]]:
     """A function that opens the executor at its first call; closed at the end if it was."""
     opened: list[RawExecutor] = []
 
     def get() -> RawExecutor:
         if not opened:
-            opened.append(open_executor(name))
+            opened.append(open_executor(name, address=address))
         return opened[0]
 
     try:

@@ -6,6 +6,7 @@ looked up by stage key: the `stages` table says which keys a run went through, a
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,11 @@ def runs_table(store: Store) -> pd.DataFrame:
 
     Returns:
         The columns `run`, name, status, started_at, ended_at, seconds, executor, layerwise_version, error. A run that
-        was killed still says `running`: nobody was left to write otherwise.
+        was killed still says `running`: nobody was left to write otherwise, and `layerwise status` finds out.
     """
     import pandas as pd
 
-    rows = [{"run": row["run_id"], **{name: row[name] for name in _RUN_COLUMNS}} for row in _runs(store)]
+    rows = [{"run": row["run_id"], **{name: row[name] for name in _RUN_COLUMNS}} for row in latest_runs(store)]
     return pd.DataFrame(rows, columns=["run", *_RUN_COLUMNS])
 
 
@@ -42,7 +43,7 @@ def find_run(store: Store, run: str | None = None) -> str:
     Raises:
         UsageError: there is no such run, or several start like this.
     """
-    rows = _runs(store)
+    rows = latest_runs(store)
     known = [str(row["run_id"]) for row in rows]
     if not known:
         raise UsageError(f"{store.root} holds no run yet", hint="run a workflow first")
@@ -53,7 +54,15 @@ def find_run(store: Store, run: str | None = None) -> str:
     named = [str(row["run_id"]) for row in rows if row["name"] == run]
     if named:
         return named[0]
-    return _only([name for name in known if name.startswith(run)], f"run {run!r}", f"the newest is {known[0]}")
+    near = difflib.get_close_matches(run, known, n=3, cutoff=0.3)
+    hint = f"the nearest: {', '.join(near)}" if near else f"the newest is {known[0]}"
+    return _only([name for name in known if name.startswith(run)], f"run {run!r}", hint)
+
+
+def latest_runs(store: Store) -> list[dict[str, Any]]:
+    """The latest `runs` row of every run, the newest run first."""
+    latest = {row["run_id"]: row for row in store.rows("runs")}  # in order, so the last one stays
+    return sorted(latest.values(), key=lambda row: row["written_at"], reverse=True)
 
 
 def latest_stages(store: Store, run: str) -> dict[str, dict[str, Any]]:
@@ -120,12 +129,6 @@ def _metrics(store: Store, candidate: str) -> pd.DataFrame:
 def stage_keys(stages: Iterable[dict[str, Any]]) -> list[str]:
     """The keys of some `stages` rows, each once; a stage that never got one is left out."""
     return list(dict.fromkeys(row["stage_key"] for row in stages if row["stage_key"] is not None))
-
-
-def _runs(store: Store) -> list[dict[str, Any]]:
-    """The latest `runs` row of every run, the newest run first."""
-    latest = {row["run_id"]: row for row in store.rows("runs")}  # in order, so the last one stays
-    return sorted(latest.values(), key=lambda row: row["written_at"], reverse=True)
 
 
 def _only(found: list[str], asked: str, hint: str) -> str:

@@ -27,12 +27,18 @@ class RayExecutor:
     Args:
         resources: what one item, or one replica, occupies; slots are how often that fits.
         session: the Ray to use; None for one of its own, started at the first use.
+        address: instead, that of a running cluster, which is joined at the first use; see `RaySession`.
     """
 
-    def __init__(self, resources: Resources = Resources(), session: RaySession | None = None) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        resources: Resources = Resources(),  # noqa: B008 (frozen)
+        session: RaySession | None = None,
+        address: str | None = None,
+    ) -> None:
         self.resources = resources
         self.peak_rss_bytes = 0
-        self._session = session or RaySession()
+        self._session = session or RaySession(address=address)
 
     @property
     def workers(self) -> int:

@@ -1,11 +1,17 @@
-"""A small world of stages that do nothing, and a way to write workflow files for them."""
+"""A small world of stages that do nothing, a way to write workflow files for them, and a cluster that is none."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import random
 import sys
 import textwrap
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -240,3 +246,66 @@ def tiny_workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "flow.yaml"
     path.write_text(TINY_WORKFLOW)
     return path
+
+
+@pytest.fixture
+def empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A home folder without a token, and no variable of Ray or of a proxy, whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("RAY_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+@dataclass
+class FakeCluster:
+    """A dashboard as Ray 2.60 guards it: 401 without a token, 403 with a wrong one."""
+
+    token: str | None = "5ecret" * 8
+    version: Any = "2.60.0"
+    status: int | None = None  # answers this whatever is asked
+    location: str | None = None  # and leads there
+    status_for_token: int | None = None  # answers this once a token came
+    address: str = ""
+    seen: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def answer(self, path: str, given: str | None) -> tuple[int, str]:
+        self.seen.append((path, given))
+        if given is not None and self.status_for_token:
+            return self.status_for_token, ""
+        if self.status is not None:
+            return self.status, ""
+        if self.token is not None and given is None:
+            return 401, "Unauthorized: Missing authentication token"
+        if self.token is not None and given != f"Bearer {self.token}":
+            return 403, "Forbidden: Invalid authentication token"
+        return 200, json.dumps({"version": "4", "ray_version": self.version}) if path == "/api/version" else "[]"
+
+    @property
+    def sent(self) -> set[str | None]:
+        return {given for _, given in self.seen}
+
+
+@pytest.fixture
+def fake_cluster() -> Iterator[FakeCluster]:
+    """A cluster's door on loopback."""
+    fake = FakeCluster()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, text = fake.answer(self.path, self.headers["Authorization"])
+            self.send_response(status)
+            if fake.location:
+                self.send_header("Location", fake.location)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        fake.address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield fake
+        server.shutdown()

@@ -23,7 +23,8 @@ import pytest
 
 from layerwise.pipeline import cli
 
-COMMANDS = ["run", "validate", "schema", "graph", "runs", "frontier", "show"]
+COMMANDS = ["run", "validate", "schema", "graph", "runs", "status", "logs", "stop", "resume"]
+COMMANDS += ["frontier", "show", "doctor"]
 STAGES = ["statistics", "levels", "profile", "search@ilp", "search@evolve", "score", "best", "model"]
 HEAVY = {"torch", "ray", "transformers"}
 

@@ -243,7 +243,7 @@ def test_the_socket_paths_of_ray_fit_whatever_the_temporary_folder(
     deep = tmp_path / ("d" * 60)
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
-    folder = ray_session_module._private_folder()
+    folder = ray_session_module.private_folder()
     try:
         socket = folder / "session_2026-01-01_00-00-00_000000_4194304" / "sockets" / "plasma_store"
         assert len(os.fsencode(socket)) <= 107

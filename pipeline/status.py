@@ -1,0 +1,280 @@
+"""How the runs of a results folder stand: finished, at work, stopped, or interrupted by the death of their process.
+
+The tables say what was done and how each attempt ended. A run that was killed could not write its end, so of a run that
+seems to be at work the process is asked whether it lives, by its id and its start, which only its own host can answer.
+How far the present stage is comes from `progress.json`; losing that file costs a number on the screen.
+
+Left out: asking other hosts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from layerwise.pipeline.attempt import Attempt, read_attempt
+from layerwise.pipeline.display import clock, left
+from layerwise.pipeline.runlog import Progress, read_progress
+from layerwise.results.runs import find_run, latest_runs, latest_stages
+from layerwise.results.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_STAGE_COLUMNS = ["run_id", "stage", "uses", "cache", "reason", "status", "items_total", "seconds", "error", "attempt"]
+
+
+@dataclass(frozen=True)
+class StageState:
+    """How one stage of a run stands.
+
+    Args:
+        status: `ok`; `cached`, made by another run; `running`, `failed`, `stopped`, `interrupted`; `waiting` for its
+            turn in a run at work, `not started` in any other.
+        done: items that are done, of `total`; while the stage is at work, those of its present step.
+        note: what the step counts.
+        seconds: what it took, or how long it has been at work.
+        remaining_seconds: of the present step.
+        reason: why it had to be made.
+    """
+
+    stage: str
+    uses: str
+    status: str
+    done: int | None = None
+    total: int | None = None
+    note: str = ""
+    seconds: float | None = None
+    remaining_seconds: float | None = None
+    reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How a run stands.
+
+    Args:
+        status: `running`, `ok`, `failed`, `stopped`, or `interrupted`: its process ended without a word.
+        number: of the latest attempt.
+        attempt: the record of it; None if an older layerwise made it.
+        checked: False where the run is said to be at work and nobody here can know.
+        seconds: from start to end, or so far; None where nobody knows the end.
+        stages: in the order in which they run.
+    """
+
+    run: str
+    name: str
+    status: str
+    number: int
+    attempt: Attempt | None
+    checked: bool
+    executor: str
+    started_at: datetime
+    seconds: float | None
+    error: str | None
+    stages: tuple[StageState, ...]
+
+    @property
+    def host(self) -> str:
+        """Where the latest attempt was made."""
+        return "an unknown host" if self.attempt is None else self.attempt.process.host
+
+    @property
+    def where(self) -> str:
+        """The host, and whether it could not be asked."""
+        return self.host if self.checked else f"{self.host} (not checked)"
+
+    @property
+    def present(self) -> StageState | None:
+        """The stage at work, or the one that was when the run ended badly."""
+        return next((s for s in self.stages if s.status in ("running", "failed", "stopped", "interrupted")), None)
+
+
+def run_states(store: Store) -> list[RunState]:
+    """Every run, the newest first."""
+    stages: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in store.rows("stages", columns=_STAGE_COLUMNS):  # in order, so the last one of a stage stays
+        stages.setdefault(row["run_id"], {})[row["stage"]] = row
+    return [_run_state(store, row, stages.get(row["run_id"], {})) for row in latest_runs(store)]
+
+
+def run_state(store: Store, run: str | None) -> RunState:
+    """One run.
+
+    Args:
+        store: where to look.
+        run: its id, the start of it, or the name of a workflow (its newest run); None for the newest of all.
+    Raises:
+        UsageError: there is no such run, or several start like this.
+    """
+    run = find_run(store, run)
+    row = store.rows("runs", run=run)[-1]
+    return _run_state(store, row, latest_stages(store, run))
+
+
+def attempt_status(store: Store, run: str, number: int) -> str:
+    """How one attempt at a run stands, in the words of `RunState.status`."""
+    rows = store.rows("runs", run=run, columns=["status", "attempt"])
+    statuses = [str(row["status"]) for row in rows if row["attempt"] == number]
+    later = any(row["attempt"] > number for row in rows)
+    attempt = read_attempt(store.root / "runs" / run, number)
+    return _checked_status(statuses[-1] if statuses else "running", attempt, over=later)[0]
+
+
+def _checked_status(recorded: str, attempt: Attempt | None, over: bool = False) -> tuple[str, bool]:
+    """The status that holds, and whether that is certain."""
+    if recorded != "running":
+        return recorded, True
+    alive = False if over else None if attempt is None else attempt.process.alive()
+    return ("interrupted" if alive is False else "running"), alive is not None
+
+
+def _run_state(store: Store, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> RunState:
+    folder = store.root / "runs" / row["run_id"]
+    attempt = read_attempt(folder, row["attempt"])
+    status, checked = _checked_status(row["status"], attempt)
+    progress = read_progress(folder)
+    if progress is not None and progress.attempt != row["attempt"]:
+        progress = None
+    now = datetime.now(UTC)
+    return RunState(
+        run=row["run_id"],
+        name=row["name"],
+        status=status,
+        number=row["attempt"],
+        attempt=attempt,
+        checked=checked,
+        executor=row["executor"],
+        started_at=row["started_at"],
+        seconds=(now - row["started_at"]).total_seconds() if status == "running" else row["seconds"],
+        error=row["error"],
+        stages=tuple(
+            _stage_state(stage, entry["uses"], rows.get(stage), status, row["attempt"], progress, now)
+            for stage, entry in json.loads(row["resolved"])["stages"].items()
+        ),
+    )
+
+
+def _stage_state(
+    stage: str,
+    uses: str,
+    row: Mapping[str, Any] | None,
+    run_status: str,
+    attempt: int,
+    progress: Progress | None,
+    now: datetime,
+) -> StageState:
+    told = progress if progress is not None and progress.stage == stage else None
+    written = row is not None and row["attempt"] == attempt
+    if told is not None and not written and run_status in ("running", "interrupted"):
+        going = run_status == "running"
+        began = datetime.fromisoformat(told.started_at)
+        return StageState(
+            stage,
+            uses,
+            run_status,
+            told.done,
+            told.total,
+            told.note,
+            seconds=(now - began).total_seconds() if going else None,
+            remaining_seconds=told.remaining_seconds if going else None,
+            reason=told.reason,
+        )
+    if row is not None and row["status"] == "ok":
+        items = row["items_total"] or None
+        status = "cached" if row["cache"] == "hit" else "ok"
+        return StageState(stage, uses, status, items, items, seconds=row["seconds"], reason=row["reason"])
+    if row is not None and written:
+        place = (None, None, "") if told is None else (told.done, told.total, told.note)
+        tail = {"seconds": row["seconds"], "reason": row["reason"], "error": row["error"]}
+        return StageState(stage, uses, row["status"], *place, **tail)
+    return StageState(stage, uses, "waiting" if run_status == "running" else "not started")
+
+
+# --- tables ---
+
+
+def runs_status_table(states: Sequence[RunState], readable: bool = False) -> pd.DataFrame:
+    """One row per run.
+
+    Args:
+        states: the runs.
+        readable: fewer columns, put into words; else one for each fact.
+    """
+    import pandas as pd
+
+    rows = [_readable_run(state) if readable else _run_facts(state) for state in states]
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _run_facts(state: RunState) -> dict[str, Any]:
+    """A run in plain values, without its stages."""
+    present, process = state.present, None if state.attempt is None else state.attempt.process
+    return {
+        "run": state.run,
+        "name": state.name,
+        "status": state.status,
+        "stages_done": _done(state),
+        "stages_total": len(state.stages),
+        "stage": None if present is None else present.stage,
+        "done": None if present is None else present.done,
+        "total": None if present is None else present.total,
+        "remaining_seconds": None if present is None else present.remaining_seconds,
+        "attempt": state.number,
+        "executor": state.executor,
+        "host": None if process is None else process.host,
+        "pid": None if process is None else process.pid,
+        "checked": state.checked,
+        "started_at": state.started_at,
+        "seconds": state.seconds,
+        "error": state.error,
+    }
+
+
+def stages_status_table(state: RunState, readable: bool = False) -> pd.DataFrame:
+    """One row per stage of a run.
+
+    Args:
+        state: the run.
+        readable: fewer columns, put into words; else one for each fact.
+    """
+    import pandas as pd
+
+    return pd.DataFrame([_readable_stage(stage) if readable else asdict(stage) for stage in state.stages], dtype=object)
+
+
+def _readable_run(state: RunState) -> dict[str, Any]:
+    present = state.present
+    return {
+        "run": state.run,
+        "status": state.status,
+        "stages": f"{_done(state)}/{len(state.stages)}",
+        "stage": "" if present is None else f"{present.stage} {_items(present)}".strip(),
+        "started": state.started_at,
+        "time": None if state.seconds is None else clock(state.seconds),
+        "where": state.where,
+    }
+
+
+def _readable_stage(state: StageState) -> dict[str, Any]:
+    return {
+        "stage": state.stage,
+        "status": state.status,
+        "items": _items(state),
+        "time": None if state.seconds is None else clock(state.seconds),
+        "reason": state.reason if not state.error else state.error.splitlines()[0],
+    }
+
+
+def _items(state: StageState) -> str:
+    if state.total is None:
+        return ""
+    return f"{state.done}/{state.total} {state.note}".strip() + left(state.remaining_seconds)
+
+
+def _done(state: RunState) -> int:
+    return sum(stage.status in ("ok", "cached") for stage in state.stages)
