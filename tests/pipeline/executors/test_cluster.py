@@ -69,11 +69,12 @@ def head(tmp_path_factory):
         yield f"127.0.0.1:{gcs}"
         assert process.poll() is None, "nobody may take the cluster down"
     finally:
-        started = [*psutil.Process(process.pid).children(recursive=True), process]
-        for child in started:
-            child.kill()  # an orderly end takes Ray half a minute
-        for child in started:
-            child.wait()
+        if process.poll() is None:
+            started = psutil.Process(process.pid).children(recursive=True)
+            for child in [*started, process]:
+                child.kill()  # an orderly end takes Ray half a minute
+            psutil.wait_procs(started)
+            process.wait()
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
 
