@@ -51,11 +51,11 @@ def with_token(token):
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """The address of a head node of two cores; only processes started here are ended."""
-    gcs, clients = free_ports(2)
+    (gcs,) = free_ports(1)
     folder = Path(f"/tmp/lw-head-{os.getpid()}")  # socket paths end at 107 bytes
     folder.mkdir()
     ray = Path(sys.executable).with_name("ray")
-    options = f"--head --block --port {gcs} --ray-client-server-port {clients} --num-cpus 2 --include-dashboard=false"
+    options = f"--head --block --port {gcs} --num-cpus 2 --include-dashboard=false"
     command = [ray, "start", *options.split(), "--object-store-memory", "100000000", "--temp-dir", folder]
     log = (tmp_path_factory.mktemp("head") / "log").open("w")
     process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=with_token(TOKEN))
