@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.errors import UsageError
+from layerwise.solvers._dp import falling
 from layerwise.solvers._ilp import ilp
 from layerwise.solvers._lagrange import Lagrangian, nearest
 from layerwise.solvers.problem import Choice, Problem, Solution, certified, require_losses, scale_of
@@ -368,7 +369,7 @@ def _undominated(
     order = np.lexsort((loss, *cost.T[::-1]))
     loss, cost = loss[order], cost[order]
     if cost.shape[1] <= 1:
-        return np.asarray(order[loss < np.concatenate([[np.inf], np.minimum.accumulate(loss)[:-1]])])
+        return np.asarray(order[falling(loss)])
     kept = np.ones(len(order), dtype=np.bool_)
     for distance in range(1, min(_NEAR, len(order) - 1) + 1):
         replaced = (loss[:-distance] <= loss[distance:]) & (cost[:-distance] <= cost[distance:]).all(axis=1)

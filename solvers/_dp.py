@@ -140,6 +140,11 @@ class _Decisions:
         return choices
 
 
+def falling(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(n,): lower than all that stand before it."""
+    return np.asarray(losses < np.concatenate([[np.inf], np.minimum.accumulate(losses)[:-1]]))
+
+
 class _States(NamedTuple):
     cost: NDArray[np.float64]
     loss: NDArray[np.float64]
@@ -148,8 +153,7 @@ class _States(NamedTuple):
     def undominated(self, room: float) -> _States:
         order = np.lexsort((self.loss, self.cost))  # stable: of equal states, the first
         order = order[self.cost[order] <= room]
-        lowest_before = np.concatenate([[np.inf], np.minimum.accumulate(self.loss[order])[:-1]])
-        kept = order[self.loss[order] < lowest_before]
+        kept = order[falling(self.loss[order])]
         return _States(self.cost[kept], self.loss[kept], self.node[kept])
 
 

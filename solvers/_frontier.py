@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.errors import InfeasibleBudget, UsageError
-from layerwise.solvers._dp import Ends, non_dominated_ends, on_grid
+from layerwise.solvers._dp import Ends, falling, non_dominated_ends, on_grid
 from layerwise.solvers._hull import Climb, climb
 from layerwise.solvers._nested import Flat, flattened
 from layerwise.solvers.problem import BUDGET_TOLERANCE, LOSS, Choice, Problem, Solution, require_separable
@@ -126,8 +126,7 @@ class _EndPoints:
         one = problem.variant(costs={over: problem.costs[over]})
         costs, losses = np.array([(one.cost(choice)[over], one.loss(choice)) for choice in ends.choices()]).T
         order = np.lexsort((losses, costs))
-        lowest_before = np.concatenate([[np.inf], np.minimum.accumulate(losses[order])[:-1]])
-        self._kept = order[losses[order] < lowest_before]
+        self._kept = order[falling(losses[order])]
         self.costs: NDArray[np.float64] = costs[self._kept]
         self.losses: NDArray[np.float64] = losses[self._kept]
 
