@@ -34,9 +34,11 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/main_job.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/kernels.py
 
 faults: setup
-	$(BIN)/python -m pytest -m slow tests/pipeline
+	$(BIN)/python -m pytest -m slow tests/pipeline tests/kernels
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 
-def header(script: str, packages: Sequence[str]) -> list[str]:
+def header(script: str, packages: Sequence[str], gpu: str = "no GPU") -> list[str]:
     """Date, machine class, versions and command (without where the results were put), as Markdown list items."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     arguments = sys.argv[1:]
@@ -18,7 +18,7 @@ def header(script: str, packages: Sequence[str]) -> list[str]:
         place = arguments.index("--results")
         arguments = arguments[:place] + arguments[place + 2 :]
     return [
-        f"- {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} CPU cores, shared, no GPU",
+        f"- {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} CPU cores, shared, {gpu}",
         f"- Python {platform.python_version()}, {versions}",
         f"- command: `{' '.join(['python', f'benchmarks/{script}', *arguments])}`",
     ]

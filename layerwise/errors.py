@@ -120,6 +120,16 @@ class NotFinite(LayerwiseError):
     """NaN or Inf in weights, activations, statistics or losses; names the unit."""
 
 
+class NoisyMeasurement(LayerwiseError):
+    """Times that scatter too much to be compared; names what was timed and by how much."""
+
+
+class DeviceChanged(LayerwiseError):
+    """Times measured on one device and asked for on another; names what differs."""
+
+    exit_code = 2
+
+
 class CorruptArtifact(LayerwiseError):
     """A stored file whose size or checksum is not the recorded one."""
 

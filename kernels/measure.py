@@ -1,0 +1,217 @@
+"""Races between backends: every product of a shape, ours, a library's and the dense one, timed side by side.
+
+One race is one shape (n, k) with one number of rows, and everything that could run in it takes turns, so the ratios in
+a table come from the same minutes. The dense weight's time does not depend on its values, so one entry of each dense
+product stands for all formats of the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import UsageError
+from layerwise.kernels.backends import Backend, Matmul, Work, able, prepare
+from layerwise.kernels.dense import Dense
+from layerwise.kernels.device import Device, this_device
+from layerwise.kernels.dispatch import DENSE
+from layerwise.kernels.latency_table import LatencyTable, Row
+from layerwise.kernels.packed import Packed, rebuild
+from layerwise.kernels.timing import Call, Sampling, Timing, copies_needed, time_cpu, time_cuda
+
+DENSE_BACKENDS = {"cpu": ("linear", "matmul", "mkl", "onednn"), "cuda": ("cublas",)}
+"""The products of the dense weight, which take every format and are in every race."""
+
+CSR_BYTES = 8
+"""Of a nonzero in compressed rows: a float32 and an index."""
+
+Timer = Callable[[Mapping[str, Sequence[Call]], Sampling], dict[str, Timing]]
+"""Times calls side by side: `time_cpu`, `time_cuda`."""
+
+Progress = Callable[[int, int, str], None]
+"""`(done, total, note)`; a unit of work is a race."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """Weights of one shape, each label once, at one number of rows."""
+
+    weights: tuple[Packed, ...]
+    work: Work
+
+    @property
+    def note(self) -> str:
+        """What is raced, for a progress display."""
+        n, k = self.weights[0].shape
+        return f"{n} x {k}, {self.work.m} rows"
+
+
+def races(weights: Sequence[Packed], ms: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Race]:
+    """Group weights by shape, and take of each label the first.
+
+    Args:
+        weights: of any shapes and formats.
+        ms: numbers of rows of the activations.
+        dtype: of the activations.
+        device: where.
+    Raises:
+        UsageError: nothing to measure.
+    """
+    if not weights or not ms or min(ms) < 1:
+        raise UsageError("nothing to measure", hint="name at least one weight, and numbers of rows from 1 up")
+    shapes: dict[tuple[int, int], dict[str, Packed]] = {}
+    for weight in weights:
+        shapes.setdefault(weight.shape, {}).setdefault(weight.label, weight)
+    return [
+        Race(tuple(labels.values()), Work(m, dtype, device)) for labels in shapes.values() for m in dict.fromkeys(ms)
+    ]
+
+
+def measure(
+    weights: Sequence[Packed],
+    ms: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    sampling: Sampling | None = None,
+    timer: Timer | None = None,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Time every backend that takes a weight, and the dense products, for every shape and label.
+
+    Args:
+        weights: on any device; of those with equal shape and label one is timed.
+        ms: numbers of rows of the activations.
+        dtype: of the activations.
+        device: `cpu` or `cuda`.
+        sampling: how much is measured.
+        timer: that of the device if left out.
+        progress: told after each race.
+    Returns:
+        A table of this device.
+    Raises:
+        UsageError: nothing to measure, or no such device here.
+        NoisyMeasurement: times scatter too much.
+    """
+    here, sampling = this_device(device), sampling or Sampling()
+    planned = races(weights, ms, dtype, torch.device(device))
+    rows: list[Row] = []
+    for done, race in enumerate(planned):
+        if progress is not None:
+            progress(done, len(planned), race.note)
+        rows += run_race(race, sampling, timer)
+    if progress is not None:
+        progress(len(planned), len(planned), "races")
+    return table_of(here, rows, sampling)
+
+
+def table_of(here: Device, rows: Sequence[Row], sampling: Sampling) -> LatencyTable:
+    """A table of rows that were measured here, and of how."""
+    clock = "process CPU time, one thread" if here.kind == "cpu" else "CUDA graphs"
+    return LatencyTable(here, tuple(rows), {"clock": clock, **asdict(sampling)})
+
+
+def run_race(race: Race, sampling: Sampling, timer: Timer | None = None) -> list[Row]:
+    """Time all that can run in a race; a label that nothing takes gets the best dense time as `no_kernel`."""
+    (rows,) = run_together([race], sampling, timer)
+    return rows
+
+
+def run_together(races: Sequence[Race], sampling: Sampling, timer: Timer | None = None) -> list[list[Row]]:
+    """Time several races as one, so that products of different shapes can be compared: all their candidates take turns.
+
+    Args:
+        races: on one device.
+        sampling: how much.
+        timer: that of the device if left out.
+    Returns:
+        the rows of each race.
+    """
+    timer = timer or (time_cpu if races[0].work.device.type == "cpu" else time_cuda)
+    entries: list[dict[str, tuple[str, Backend, Packed]]] = []
+    for race in races:
+        where = "" if len(races) == 1 else f" in {race.note}"
+        found = ((f"{label}{where} by {backend.name}", (label, backend, w)) for label, backend, w in entrants(race))
+        entries.append(dict(found))
+    calls = {
+        name: rotation(packed, backend, race.work, sampling)
+        for race, entry in zip(races, entries, strict=True)
+        for name, (_, backend, packed) in entry.items()
+    }
+    timings = timer(calls, sampling)
+    answers = []
+    for race, entry in zip(races, entries, strict=True):
+        rows = [_row(timings[name], label, backend, w, race.work) for name, (label, backend, w) in entry.items()]
+        answers.append([*rows, *_without_kernel(race, rows)])
+    return answers
+
+
+def entrants(race: Race) -> Iterator[tuple[str, Backend, Packed]]:
+    """(label, backend, weight) of all that take part: the dense products, then what takes a label as it is packed."""
+    first, work = race.weights[0], race.work
+    always = DENSE_BACKENDS[work.device.type]
+    dense = Dense(first.shape, first.dense().to(device=work.device, dtype=work.dtype))
+    for backend in able(dense, work).values():
+        yield DENSE, backend, dense
+    for packed in race.weights:
+        if packed.label != DENSE:
+            moved = packed.to(work.device)
+            for name, backend in able(moved, work).items():
+                if name not in always:
+                    yield packed.label, backend, moved
+
+
+def rotation(packed: Packed, backend: Backend, work: Work, sampling: Sampling) -> list[Call]:
+    """One call per copy of a weight, each with activations of its own."""
+    n_copies = copies_needed(bytes_read(packed, backend), sampling, work.device.type)
+    generator = torch.Generator().manual_seed(0)
+    calls = []
+    for _ in range(n_copies):
+        x = torch.randn(work.m, packed.shape[1], generator=generator).to(device=work.device, dtype=work.dtype)
+        calls.append(_call(prepare(backend.name, _copy(packed), work), x))
+    return calls
+
+
+def bytes_read(packed: Packed, backend: Backend) -> int:
+    """Bytes of the weight that one product reads: as it is packed, unless the backend lays it out wider."""
+    if backend.name == "csr":
+        return CSR_BYTES * packed.tensors["values"].numel()
+    return packed.size_bytes
+
+
+def _call(matmul: Matmul, x: Tensor) -> Call:
+    return lambda: matmul(x)
+
+
+def _copy(packed: Packed) -> Packed:
+    """The same weight in other memory."""
+    return rebuild(packed.settings, {name: tensor.clone() for name, tensor in packed.tensors.items()})
+
+
+def _row(timing: Timing, label: str, backend: Backend, packed: Packed, work: Work) -> Row:
+    return Row.of(
+        timing,
+        **_product(label, packed.shape, work),
+        backend=backend.name,
+        size_bytes=bytes_read(packed, backend),
+        exact=backend.exact,
+        dense=label == DENSE,
+    )
+
+
+def _product(label: str, shape: tuple[int, int], work: Work) -> dict[str, Any]:
+    dtype = str(work.dtype).removeprefix("torch.")
+    return {"label": label, "n": shape[0], "k": shape[1], "m": work.m, "dtype": dtype}
+
+
+def _without_kernel(race: Race, rows: Sequence[Row]) -> Iterator[Row]:
+    dense = [row for row in rows if row.label == DENSE]
+    best = min(dense, key=lambda row: (row.median_ms, row.backend))
+    labels = {row.label for row in rows}
+    for packed in race.weights:
+        if packed.label not in labels:
+            yield replace(best, label=packed.label, status="no_kernel")
