@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from layerwise.results.store import Store
 
-Cost = Literal["bits", "effective_bits", "bytes"]
+Cost = Literal["bits", "effective_bits", "bytes", "ms"]
 Loss = Literal["heldout_kl", "kl", "heldout_perplexity"]
 
 HELDOUT: Mapping[str, str] = {"heldout_kl": "kl", "heldout_perplexity": "perplexity"}
@@ -38,6 +38,7 @@ COLUMNS = [
     "bits",
     "effective_bits",
     "bytes",
+    "ms",
     "metric",
     "kl",
     *HELDOUT,
@@ -49,8 +50,8 @@ COLUMNS = [
 ]
 """Columns of `frontier_table`."""
 
-_COSTS = ("bits", "effective_bits", "bytes")
-_TYPES = {**dict.fromkeys(("bits", "effective_bits", "kl", *HELDOUT), "float64"), "bytes": "Int64"}
+_COSTS = ("bits", "effective_bits", "bytes", "ms")
+_TYPES = {**dict.fromkeys(("bits", "effective_bits", "ms", "kl", *HELDOUT), "float64"), "bytes": "Int64"}
 
 
 def frontier_table(
@@ -69,7 +70,7 @@ def frontier_table(
     Args:
         store: where the results are.
         run: a run's id or the start of it; None for the newest run.
-        over: the cost on one axis.
+        over: the cost on one axis. Allocations without it are off the front.
         loss: the loss on the other. By default `heldout_kl` if every allocation has it, else `kl`, for a front must not
             mix two measures. Asked for by name, allocations without it are off the front; if none has it, `kl` is used.
         stage: only allocations of this stage of the run; of all its instances, if it has `foreach`.
@@ -80,7 +81,7 @@ def frontier_table(
         The columns `COLUMNS`, by rising cost. `ranked_by` names the loss that was used, `metric` what `kl` measured in
         the search. Held-out figures are those of the allocation itself, not of a model repaired afterwards.
     Raises:
-        UsageError: no such run, or no such stage in it.
+        UsageError: no such run, no such stage in it, or none of its allocations has that cost.
     """
     import pandas as pd
 
@@ -102,6 +103,11 @@ def frontier_table(
         if row["stage_key"] in names and solver in (None, row["solver"])
     ]
     frame = pd.DataFrame(records, columns=COLUMNS).astype(_TYPES)
+    if len(frame) and frame[over].isna().all():
+        raise UsageError(
+            f"no allocation of this run has {over}",
+            hint="add a `latency` stage to what `allocate` needs, or choose another cost",
+        )
     ranked_by = _ranked_by(frame, loss)
     frame["ranked_by"] = ranked_by
     frame["on_front"] = non_dominated(frame[[over, ranked_by]].to_numpy(dtype=np.float64, na_value=np.nan))

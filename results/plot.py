@@ -25,6 +25,7 @@ _COST_TITLES = {
     "bits": "average bits per weight",
     "effective_bits": "average bits per weight, everything stored",
     "bytes": "stored size ({unit})",
+    "ms": "forward pass (ms, measured parts added up)",
 }
 _LOSS_TITLES = {
     "heldout_kl": "KL to the dense model (held-out, nats/token)",

@@ -34,16 +34,17 @@ def runs_table(store: Store) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", *_RUN_COLUMNS])
 
 
-def find_run(store: Store, run: str | None = None) -> str:
+def find_run(store: Store, run: str | None = None, more: Iterable[dict[str, Any]] = ()) -> str:
     """The id of a run.
 
     Args:
         store: where to look.
         run: its id, the start of it, or the name of a workflow (its newest run); None for the newest of all.
+        more: run_id, name and written_at of runs that have left no row yet.
     Raises:
         UsageError: there is no such run, or several start like this.
     """
-    rows = latest_runs(store)
+    rows = sorted([*latest_runs(store), *more], key=lambda row: row["written_at"], reverse=True)
     known = [str(row["run_id"]) for row in rows]
     if not known:
         raise UsageError(f"{store.root} holds no run yet", hint="run a workflow first")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 COMMON: Mapping[str, str] = {
     "run_id": "string",  # the run that computed the row; other runs find it through `stage_key`
@@ -87,6 +87,26 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "n_tokens": "int64",
         "status": "string",
     },
+    "latency": {
+        "unit": "string",  # NULL for the rest of the model: everything that is no unit
+        "level": "string",
+        "label": "string",  # what it was timed as: format, bits, group
+        "n": "int32",
+        "k": "int32",
+        "m": "int64",  # tokens that run at a time
+        "dtype": "string",  # of the activations
+        "backend": "string",  # the fastest that was measured, which is what would run
+        "ms": "float64",  # what allocations are charged; where noise hides a difference, the mean of the tied levels
+        "milliseconds": "float64",  # the measured median
+        "p10": "float64",
+        "p90": "float64",
+        "mad": "float64",
+        "samples": "int32",
+        "device": "string",
+        "fingerprint": "string",
+        "quality": "float64",  # on a CPU: process time over wall time while it was measured
+        "status": "string",  # measured, no_kernel (timed as the dense weight), fitted (the rest), nan (no such level)
+    },
     "candidates": {
         "candidate": "string",
         "solver": "string",
@@ -103,6 +123,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "bytes": "int64",
         "status": "string",
         "error": "string",
+        "ms": "float64",  # as in `allocations`
     },
     "allocations": {
         "candidate": "string",
@@ -126,6 +147,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "tokens": "int64",  # evaluated by the search itself, the profile's not counted
         "profile_tokens": "int64",
         "seconds": "float64",
+        "ms": "float64",  # of the whole model's forward pass, predicted: the times of its levels and the rest, added up
     },
     "metrics": {
         "candidate": "string",  # an allocation's candidate, or `dense`

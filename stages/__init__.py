@@ -13,8 +13,10 @@ STAGES = {
     "calibrate": "layerwise.stages.calibrate:STAGE",
     "compress": "layerwise.stages.compress.stage:STAGE",
     "profile": "layerwise.stages.profile:STAGE",
+    "latency": "layerwise.stages.latency:STAGE",
     "allocate": "layerwise.stages.allocate:STAGE",
     "apply": "layerwise.stages.apply:STAGE",
+    "speed": "layerwise.stages.speed:STAGE",
     "evaluate": "layerwise.stages.evaluate:STAGE",
     "export": "layerwise.stages.export:STAGE",
 }

@@ -14,13 +14,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, StringConstraints, field_validator
 
 from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Problem, Solution, Stop
-from layerwise.stages.allocation import RESOURCES, Allocation, CostTable, budget_text, save_allocations
+from layerwise.stages.allocation import (
+    RESOURCES,
+    Allocation,
+    Amount,
+    CostTable,
+    budget_text,
+    load_times,
+    save_allocations,
+)
 from layerwise.stages.contract import Context, Params, Port, Stage
 from layerwise.stages.database import DatabaseIndex
 from layerwise.stages.quantities import Count
@@ -29,7 +37,9 @@ from layerwise.stages.scoring import Request, evaluator_factory, perplexity, sco
 from layerwise.stages.search import CandidateSearch
 from layerwise.stages.text import tokenized
 
-Resource = Literal["bits", "effective_bits", "bytes"]
+Resource = Literal["bits", "effective_bits", "bytes", "ms"]
+Share = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?%$")]
+"""`40%`, see `layerwise.stages.allocation.Amount`."""
 SOLVER_GROUP = "layerwise.solvers"
 """Entry points through which other packages offer separable solvers."""
 SETTINGS = {
@@ -51,8 +61,10 @@ class AllocateParams(Params):
     """The solver, the budgets, and for a search how it searches."""
 
     solver: str = Field("evolve", description=f"{', '.join(SOLVERS)}; searches: {', '.join(SEARCHES)}")
-    budgets: dict[Resource, float | list[float]] = Field(
-        min_length=1, description="upper limits; lists give one allocation for each combination. " + str(RESOURCES)
+    budgets: dict[Resource, float | Share | list[float | Share]] = Field(
+        min_length=1,
+        description="upper limits; lists give one allocation for each combination; 40% is a share of the way from the "
+        "least that is reachable to the greatest. " + str(RESOURCES),
     )
     loss: Literal["kl", "output_error", "weight_nmse"] = Field(
         "kl", description="the profile's metric that separable solvers add up"
@@ -96,11 +108,14 @@ class AllocateParams(Params):
 
     @field_validator("budgets")
     @classmethod
-    def _positive(cls, value: dict[Resource, float | list[float]]) -> dict[Resource, float | list[float]]:
+    def _positive(cls, value: dict[Resource, Any]) -> dict[Resource, Any]:
         for resource, given in value.items():
             amounts = given if isinstance(given, list) else [given]
-            if not amounts or not all(math.isfinite(amount) and amount > 0 for amount in amounts):
+            numbers = [amount for amount in amounts if not isinstance(amount, str)]
+            if not amounts or not all(math.isfinite(amount) and amount > 0 for amount in numbers):
                 raise ValueError(f"{resource} must be one or more numbers above 0, got {given}")
+            if any(float(amount[:-1]) > 100 for amount in amounts if isinstance(amount, str)):
+                raise ValueError(f"{resource} can be at most 100% of what is reachable, got {given}")
         return value
 
     def material(self) -> dict[str, Any]:
@@ -116,7 +131,7 @@ class AllocateParams(Params):
         return self.start == "ilp" if self.solver in SEARCHES else self.solver != "uniform"
 
     @property
-    def combinations(self) -> list[dict[str, float]]:
+    def combinations(self) -> list[dict[str, Amount]]:
         """Each budget to solve for: every combination of the lists."""
         lists = [amounts if isinstance(amounts, list) else [amounts] for amounts in self.budgets.values()]
         return [dict(zip(self.budgets, amounts, strict=True)) for amounts in itertools.product(*lists)]
@@ -140,6 +155,8 @@ def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mi
     for profile in profiles:
         if params.needs_losses and params.loss not in profile.metrics:
             yield ("loss",), f"the profile does not measure {params.loss}, only {', '.join(profile.metrics)}"
+    if "ms" in params.budgets and not feeding.get("latency"):
+        yield ("budgets", "ms"), "milliseconds must have been measured: add a `latency` stage to needs"
     if params.solver == "dp" and len(params.budgets) > 1:
         yield ("budgets",), "dp takes one budget; ilp takes several"
     survivors, tokens = params.survivors_per_selection, params.tokens_per_selection
@@ -161,6 +178,8 @@ def _out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) 
     least, most = min(known), max(known) if None not in offers else math.inf
     for budget in params.combinations:
         amount = budget.get("bits", least)
+        if isinstance(amount, str):
+            continue  # a share is within reach whatever the menu has
         if not least <= amount <= most:
             yield ("budgets", "bits"), f"{amount:g} bits per weight is out of reach: the menu has {least:g} to {most:g}"
 
@@ -170,15 +189,17 @@ def allocate(context: Context, params: AllocateParams) -> None:
 
     Raises:
         InfeasibleBudget: a budget is below the least reachable.
-        UsageError: above the greatest reachable, or the solver lacks its profile.
+        UsageError: above the greatest reachable, or the solver lacks its profile or a budget its latencies.
     """
     index = DatabaseIndex(context.input("database"))
-    table = CostTable(index)
+    times = [load_times(folder, index) for folder in context.inputs["latency"]]
+    table = CostTable(index, *times)
     losses, profile_tokens = _profiled_losses(context, params, index)
-    problems = {
-        budget_text(budget): (budget, table.problem(budget, tie=params.tie == "fused", losses=losses))
-        for budget in params.combinations
-    }
+    tie = params.tie == "fused"
+    problems = {}
+    for budget in params.combinations:
+        amounts = table.amounts(budget, tie=tie, losses=losses)
+        problems[budget_text(budget)] = (budget, amounts, table.problem(amounts, tie=tie, losses=losses))
     tokens = tokenized(context, params.data)
     factory = evaluator_factory(context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens)
     with context.executor.replicas(factory) as pool:
@@ -187,11 +208,11 @@ def allocate(context: Context, params: AllocateParams) -> None:
             context, table, pool, solver=params.solver, metric=metric, searches=len(params.combinations)
         )
         found = []
-        for text, (budget, problem) in problems.items():
+        for text, (budget, amounts, problem) in problems.items():
             try:
                 solution, effort = _solve(params, problem, searches, text, tokens.total)
             except InfeasibleBudget as error:
-                raise table.in_words(error, budget) from error
+                raise table.in_words(error, amounts) from error
             allocation = table.allocation(solution.choice.tolist(), solver=params.solver, budget=budget)
             found.append((allocation, solution, effort))
         searches.flush()
@@ -282,6 +303,7 @@ def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
         "bits": allocation.bits,
         "effective_bits": allocation.effective_bits,
         "bytes": allocation.bytes,
+        "ms": allocation.ms,
         "predicted_loss": solution.loss,
         "metric": "kl",
         "kl": allocation.kl,
@@ -297,7 +319,11 @@ STAGE = Stage(
     AllocateParams,
     allocate,
     gives="allocations",
-    takes={"database": Port("database"), "profile": Port("profile", optional=True)},
+    takes={
+        "database": Port("database"),
+        "profile": Port("profile", optional=True),
+        "latency": Port("latency", optional=True),
+    },
     data=("data",),
     check=mistakes,
     impl=2,

@@ -1,12 +1,14 @@
 """`apply`: turns one allocation into a compressed model.
 
-Its artifact is the decoded weights of the units beside the allocation that they came from; see `applied.py`.
+Its artifact is the decoded weights of the units beside the allocation that they came from (`applied.py`), and on
+request the same weights laid out for kernels (`packed_model.py`).
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -16,6 +18,9 @@ from layerwise.solvers.pareto import knee, non_dominated
 from layerwise.stages.allocation import Allocation, check_database, load_allocations
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
 from layerwise.stages.database import DatabaseIndex
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ApplyParams(Params):
@@ -27,17 +32,30 @@ class ApplyParams(Params):
         "smallest: fewest bits; "
         "a budget as it stands in the frontier (bits=3); or the first digits of a candidate",
     )
+    packed: bool = Field(
+        False, description="also write the weights as kernels take them: a model that runs on them can be loaded"
+    )
+
+    def material(self) -> dict[str, Any]:
+        """Without `packed` where it changes nothing."""
+        return self.model_dump(mode="json", exclude=set() if self.packed else {"packed"})
 
 
 def apply(context: Context, params: ApplyParams) -> None:
-    """Write `allocation.json` and `weights.safetensors`.
+    """Write `allocation.json` and `weights.safetensors`; with `packed` also `packed.json` and `packed.safetensors`.
 
     Raises:
         UsageError: nothing fits `pick`, or the database is not that of the allocations.
     """
     allocation = pick(load_allocations(context.input("allocations")), params.pick)
     check_database([allocation], DatabaseIndex(context.input("database")))
-    write = partial(_write_weights, model=context.model, database=context.input("database"), out=context.out)
+    write = partial(
+        _write_weights,
+        model=context.model,
+        database=context.input("database"),
+        out=context.out,
+        packed=params.packed,
+    )
     context.executor.map(write, [allocation], note="models")
 
 
@@ -65,10 +83,11 @@ def pick(allocations: list[Allocation], how: str) -> Allocation:
     return fitting[0]
 
 
-def _write_weights(allocation: Allocation, *, model: ModelSource, database: Path, out: Path) -> None:
+def _write_weights(allocation: Allocation, *, model: ModelSource, database: Path, out: Path, packed: bool) -> None:
     from layerwise.stages.applied import save_applied
     from layerwise.stages.database import Database
     from layerwise.stages.models.checkpoint import Checkpoint
+    from layerwise.stages.packed_model import save_packed
 
     checkpoint, levels = Checkpoint(model.path), Database(database)
     tensors = {}
@@ -77,6 +96,14 @@ def _write_weights(allocation: Allocation, *, model: ModelSource, database: Path
         stored = checkpoint.read(unit["tensor"])
         tensors[unit["tensor"]] = (decoded.T if unit["transposed"] else decoded).to(stored.dtype).contiguous()
     save_applied(out, allocation, tensors, {unit["unit"]: unit["tensor"] for unit in levels.units})
+    if packed:
+        rows = levels.index.by_name
+
+        def stored_weight(unit: str) -> Tensor:
+            weight = tensors[rows[unit]["tensor"]]
+            return weight.T if rows[unit]["transposed"] else weight
+
+        save_packed(out, levels, allocation.levels, stored_weight)
 
 
 STAGE = Stage(

@@ -69,6 +69,8 @@ class Stage:
         data: the parameters that name an entry of the workflow's `data:` section.
         reports: true when what it measures must come from text that nothing was calibrated or searched on.
         check: what can be seen to be wrong before anything runs.
+        measures: of a stage that times things, what it times them on: the machine's fingerprint as JSON, for given
+            parameters. It is part of the stage's key, so times taken elsewhere are never found as this machine's.
         impl: raised by hand whenever the same inputs would give other bytes; part of the stage's key.
     """
 
@@ -80,6 +82,7 @@ class Stage:
     data: tuple[str, ...] = ()
     reports: bool = False
     check: Check | None = None
+    measures: Callable[[Any], Mapping[str, Any]] | None = None
     impl: int = 1
 
 

@@ -42,6 +42,21 @@ def test_without_an_evaluation_the_front_is_over_the_search_loss(two_runs: Store
         frontier_table(two_runs, "run-a", loss="heldout_kl")
 
 
+def test_a_front_over_milliseconds_has_the_allocations_that_were_timed(two_runs: Store) -> None:
+    with pytest.raises(UsageError, match="no allocation of this run has ms"):
+        frontier_table(two_runs, "run-a", over="ms")
+    timed = [
+        {"candidate": "eee555", "solver": "ilp", "bits": 4.0, "kl": 0.3, "ms": 2.0},
+        {"candidate": "fff666", "solver": "ilp", "bits": 3.0, "kl": 0.1, "ms": 3.0},
+        {"candidate": "fff777", "solver": "ilp", "bits": 2.0, "kl": 0.2, "ms": 4.0},
+    ]
+    at = {"run_id": "run-a", "stage": "ilp", "stage_key": "i" * 64, "attempt": 1, "first_seq": 1}
+    two_runs.append("allocations", timed, **at)
+    frame = frontier_table(two_runs, "run-a", over="ms", dominated=True)
+    assert frame.loc[frame["on_front"], ["candidate", "ms"]].values.tolist() == [["eee555", 2.0], ["fff666", 3.0]]
+    assert frame.loc[frame["ms"].isna(), "on_front"].tolist() == [False] * 4
+
+
 def test_a_run_that_hit_the_cache_shows_the_rows_under_its_own_names(two_runs: Store) -> None:
     assert rows(two_runs, "run", "stage", "candidate", dominated=True) == [
         ["run-b", "find", "aaa111"],

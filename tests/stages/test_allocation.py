@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from layerwise.solvers import SOLVERS
 from layerwise.stages.allocation import (
     Allocation,
     CostTable,
+    Times,
     budget_text,
     check_database,
     load_allocations,
+    load_times,
     save_allocations,
 )
 from layerwise.stages.apply import pick
@@ -166,6 +169,86 @@ def test_a_unit_without_any_level_is_named_with_the_reason(tmp_path: Path) -> No
     )
     with pytest.raises(NotFinite, match="unit k has no level to choose: a weight is NaN"):
         table.problem({"bits": 3}, tie=False, losses=None)
+
+
+# --- milliseconds ---
+
+REST_MS = 0.5
+MS = [[0.2, 0.3, 0.25], [0.6, None, 0.7]]
+"""4 bits are slower than 8, as without a kernel for them."""
+
+
+@pytest.fixture
+def timed(two_units: CostTable) -> CostTable:
+    """The same two units with the times of their levels."""
+    return CostTable(two_units.index, Times(MS, REST_MS))
+
+
+def test_milliseconds_are_those_of_the_whole_model(timed: CostTable) -> None:
+    allocation = timed.allocation([2, 0], solver="ilp", budget={"ms": 1.4})
+    assert allocation.ms == pytest.approx(REST_MS + 0.25 + 0.6)
+    assert allocation.budget == "ms=1.4"
+    assert timed.describe([0, 2])["ms"] == pytest.approx(REST_MS + 0.2 + 0.7)
+
+
+def test_without_measured_times_nothing_is_said_of_milliseconds_and_no_budget_taken(two_units: CostTable) -> None:
+    assert two_units.allocation([1, 0], solver="ilp", budget={"bits": 3}).ms is None
+    assert "ms" not in two_units.describe([1, 0])
+    with pytest.raises(UsageError, match="a budget of ms needs measured times"):
+        two_units.problem({"ms": 1.4}, tie=False, losses=None)
+
+
+def test_a_budget_of_milliseconds_admits_exactly_what_fits_beside_the_rest(timed: CostTable) -> None:
+    problem = timed.problem({"ms": REST_MS + 0.25 + 0.6}, tie=False, losses=None)
+    assert [problem.feasible(genome) for genome in [(0, 0), (2, 0), (1, 0), (0, 2)]] == [True, True, False, False]
+
+
+def test_milliseconds_out_of_reach_say_the_least_of_the_whole_model(timed: CostTable) -> None:
+    with pytest.raises(InfeasibleBudget, match=r"1\.2 ms is below the least reachable 1\.3 \(short by 0\.1\)"):
+        timed.problem({"ms": 1.2}, tie=False, losses=None)
+    with pytest.raises(UsageError, match=r"above the greatest reachable 1\.5"):
+        timed.problem({"ms": 1.6}, tie=False, losses=None)
+
+
+def test_a_budget_of_milliseconds_and_one_of_bytes_bind_together(timed: CostTable) -> None:
+    losses = [[9.0, 4.0, 0.0], [8.0, None, 0.0]]
+    amounts = {"ms": REST_MS + 0.25 + 0.7, "bytes": REST + 57 + 319}
+    alone = {name: SOLVERS["ilp"](timed.problem({name: amounts[name]}, tie=False, losses=losses)) for name in amounts}
+    assert alone["ms"].choice.tolist() == [2, 2]
+    assert alone["bytes"].choice.tolist() == [1, 2]
+    both = SOLVERS["ilp"](timed.problem(amounts, tie=False, losses=losses))
+    assert both.choice.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("resource", "least", "most"), [("ms", 1.3, 1.5), ("bytes", REST + 126, REST + 423), ("bits", 2.0, 8.0)]
+)
+def test_a_share_of_a_budget_lies_between_the_least_and_the_greatest_that_is_reachable(
+    timed: CostTable, resource: str, least: float, most: float
+) -> None:
+    for share, expected in (("0%", least), ("100%", most), ("12.5%", least + (most - least) / 8)):
+        budget = {"effective_bits": 8.0, resource: share}
+        amounts = timed.amounts(budget, tie=False, losses=None)
+        assert list(amounts) == ["effective_bits", resource]
+        assert amounts == {"effective_bits": 8.0, resource: pytest.approx(expected)}
+        timed.problem(amounts, tie=False, losses=None)
+    assert timed.allocation([0, 0], solver="ilp", budget={resource: "12.5%"}).budget == f"{resource}=12.5%"
+
+
+def test_a_share_is_of_what_tied_units_and_finite_losses_leave_reachable(timed: CostTable) -> None:
+    tied = timed.amounts({"ms": "0%"}, tie=True, losses=None)
+    assert tied["ms"] == pytest.approx(REST_MS + 0.2 + 0.6)
+    finite = timed.amounts({"ms": "0%"}, tie=False, losses=[[None, 4.0, 0.0], [8.0, None, 0.0]])
+    assert finite["ms"] == pytest.approx(REST_MS + 0.25 + 0.6)
+
+
+def test_times_of_another_database_are_refused(timed: CostTable, tmp_path: Path) -> None:
+    document = {"database": timed.index.digest, "ms": MS, "rest_ms": REST_MS}
+    (tmp_path / "latency.json").write_text(json.dumps(document))
+    assert load_times(tmp_path, timed.index) == Times(MS, REST_MS)
+    (tmp_path / "latency.json").write_text(json.dumps({**document, "database": "0" * 64}))
+    with pytest.raises(UsageError, match="the latencies are those of another database"):
+        load_times(tmp_path, timed.index)
 
 
 # --- picking one ---
