@@ -26,7 +26,6 @@ class Account:
     Args:
         store: where to.
         run: the run's id.
-        attempt: how many times it has been started, this time included.
         name: of the workflow.
         resolved: the workflow with nothing left to defaults.
         executor: where the work runs.
@@ -38,13 +37,12 @@ class Account:
         store: Store,
         *,
         run: str,
-        attempt: int,
         name: str,
         resolved: Mapping[str, Any],
         executor: str,
         argv: Sequence[str],
     ) -> None:
-        self.store, self.run, self.attempt = store, run, attempt
+        self.store, self.run, self.attempt = store, run, 0
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
         self._facts: Row = {
@@ -62,8 +60,13 @@ class Account:
         }
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Say that the run goes on, and at the end how it ended."""
+    def open(self, attempt: int) -> Iterator[None]:
+        """Say that the run goes on, and at the end how it ended.
+
+        Args:
+            attempt: how many times it has been started, this time included.
+        """
+        self.attempt = attempt
         self._append("runs", {**self._facts, "status": "running"})
         try:
             yield

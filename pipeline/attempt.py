@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from layerwise.errors import StoreError
 from layerwise.pipeline.process import Process
+from layerwise.pipeline.submission import submission_numbers
 from layerwise.results.durable import publish_file
 
 
@@ -35,7 +37,7 @@ class Attempt:
     started_at: datetime
 
 
-def begin_attempt(folder: Path, executor: str, argv: Sequence[str], tmp: Path) -> Attempt:
+def begin_attempt(folder: Path, executor: str, argv: Sequence[str], tmp: Path, submitted: int | None = None) -> Attempt:
     """Record that this process starts a run; only the holder of the run's lock may.
 
     Args:
@@ -43,15 +45,32 @@ def begin_attempt(folder: Path, executor: str, argv: Sequence[str], tmp: Path) -
         executor: where the work runs.
         argv: the command.
         tmp: for the unfinished file, on the same file system.
+        submitted: the number that this attempt was given when it was submitted; None for the next free one.
+    Raises:
+        StoreError: the attempt of that number has begun already.
     """
-    number = max(attempt_numbers(folder), default=0)
+    if submitted is not None:
+        attempt = Attempt(submitted, Process.this(), executor, tuple(argv), datetime.now(UTC))
+        if not _publish(folder, attempt, tmp):
+            raise StoreError(f"attempt {submitted} of run {folder.name} has begun already")
+        return attempt
+    number = last_number(folder)
     created = False
     while not created:  # at the first go, unless the file system has no locks that other hosts see
         number += 1
         attempt = Attempt(number, Process.this(), executor, tuple(argv), datetime.now(UTC))
-        record = {**asdict(attempt), "started_at": attempt.started_at.isoformat()}
-        created = publish_file(_file(folder, number), json.dumps(record, indent=1).encode() + b"\n", tmp)
+        created = _publish(folder, attempt, tmp)
     return attempt
+
+
+def last_number(folder: Path) -> int:
+    """The highest number that an attempt at a run has, begun or submitted; 0 if there is none."""
+    return max([*attempt_numbers(folder), *submission_numbers(folder)], default=0)
+
+
+def _publish(folder: Path, attempt: Attempt, tmp: Path) -> bool:
+    record = {**asdict(attempt), "started_at": attempt.started_at.isoformat()}
+    return publish_file(_file(folder, attempt.number), json.dumps(record, indent=1).encode() + b"\n", tmp)
 
 
 def attempt_numbers(folder: Path) -> list[int]:

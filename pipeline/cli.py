@@ -36,9 +36,6 @@ app = typer.Typer(
 STOPPED = 3
 """Exit code of a run that was interrupted and can go on."""
 
-ENDS = {"ok": 0, "failed": 1, "stopped": STOPPED, "interrupted": STOPPED}
-"""Exit code of who followed a run to its end, by how it ended."""
-
 Format = Literal["table", "csv", "json", "markdown"]
 TO_READ: tuple[Format, ...] = ("table", "markdown")
 """Formats for people; the others are for programs, which get every column and every digit."""
@@ -63,6 +60,21 @@ AddressOption = Annotated[
         metavar="ADDRESS",
         help="join a running Ray cluster that sees the same files: auto, host:port or ray://host:port",
     ),
+]
+WaitOption = Annotated[
+    bool, typer.Option("--wait", help="follow the log, and end with the run's exit code; Ctrl-C leaves it running")
+]
+RequireAuthOption = Annotated[bool, typer.Option("--require-auth", help="refuse a cluster that asks for no token")]
+InClearOption = Annotated[
+    bool, typer.Option("--allow-insecure-http", help="send the token over plain HTTP to another machine")
+]
+ShipOption = Annotated[
+    bool | None,
+    typer.Option("--ship/--no-ship", help="send the local files that the workflow names, or leave them where they are"),
+]
+PassOption = Annotated[
+    list[str] | None,
+    typer.Option("--pass-env", metavar="NAME", help="hand a variable on to the job, readable for everyone there"),
 ]
 ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="results folder")]
 FormatOption = Annotated[Format, typer.Option("--format", help="how to print the table")]
@@ -94,6 +106,47 @@ def run(
             return
         _execute(prepared, executor, address=address)
     _print_outcome(prepared.store, prepared.id)
+
+
+@app.command()
+def submit(
+    workflow: File,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")
+    ] = None,
+    param: ParamOption = None,
+    set_: SetOption = None,
+    profile: ProfileOption = None,
+    results: ResultsOption = RESULTS,
+    wait: WaitOption = False,
+    require_auth: RequireAuthOption = False,
+    ship: ShipOption = None,
+    pass_env: PassOption = None,
+    in_clear: InClearOption = False,
+    kuberay: Annotated[bool, typer.Option("--kuberay", help="print a RayJob for KubeRay instead")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="where to, for it")] = None,
+    image: Annotated[str | None, typer.Option(help="its image, with layerwise in it")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="its pods beside the head")] = 0,
+    deadline: Annotated[int | None, typer.Option(min=1, metavar="SECONDS", help="its longest time")] = None,
+) -> None:
+    """Hand a workflow to a Ray cluster, and go home: `status`, `logs -f`, `stop` and `resume` find it again."""
+    from layerwise.pipeline.cluster import plain_address
+    from layerwise.pipeline.display import open_display
+    from layerwise.pipeline.run import Run
+    from layerwise.pipeline.submit import Options, check_usage
+
+    check_usage(address, kuberay, {"-o": output, "--image": image, "--workers": workers, "--deadline": deadline})
+    plain = "" if address is None else plain_address(address)
+    options = Options(plain, ship is not False, require_auth, tuple(pass_env or ()), in_clear, tuple(sys.argv))
+    prepared = Run(_load(workflow, param, set_, profile), results.absolute(), open_display())
+    if kuberay:
+        from layerwise.pipeline.kuberay import DEFAULT_IMAGE, Pods, write_manifest
+
+        write_manifest(prepared, Pods(image or DEFAULT_IMAGE, workers, deadline_seconds=deadline), output)
+    else:
+        from layerwise.pipeline.handover import hand_over
+
+        _end_with(hand_over(prepared, options, wait), prepared.store, prepared.id)
 
 
 @app.command()
@@ -144,14 +197,15 @@ def graph(
 @app.command()
 def runs(results: ResultsOption = RESULTS, format_: FormatOption = "table") -> None:
     """List the runs of a results folder, the newest first."""
-    from layerwise.results.runs import runs_table
+    from layerwise.pipeline.status import checked_runs_table
 
-    _print_table(runs_table(_open(results)), format_)
+    _print_table(checked_runs_table(_open(results)), format_)
 
 
 @app.command()
 def status(run: RunArgument = None, results: ResultsOption = RESULTS, format_: FormatOption = "table") -> None:
     """Say how every run stands, or how each stage of one run does."""
+    from layerwise.pipeline.handover import print_how_to_go_on
     from layerwise.pipeline.status import run_state, run_states, runs_status_table, stages_status_table
 
     store, readable = _open(results), format_ in TO_READ
@@ -162,8 +216,8 @@ def status(run: RunArgument = None, results: ResultsOption = RESULTS, format_: F
         states = [run_state(store, run)]
         _print_run_state(states[0], stages_status_table(states[0], readable), format_)
     for state in states:
-        if readable and state.status in ("stopped", "interrupted", "failed"):
-            _print_how_to_go_on(store, state.run, state.status)
+        if readable:
+            print_how_to_go_on(store, state)
 
 
 @app.command()
@@ -177,8 +231,9 @@ def logs(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Print the log of a run's latest attempt."""
-    from layerwise.pipeline.lifecycle import check_stage, find_attempt, follow_log, read_log
-    from layerwise.pipeline.status import attempt_status, run_state
+    from layerwise.pipeline.handover import print_log_to_its_end
+    from layerwise.pipeline.lifecycle import check_stage, find_attempt, read_log
+    from layerwise.pipeline.status import run_state
 
     store = _open(results)
     state = run_state(store, run)
@@ -187,13 +242,10 @@ def logs(
     number = find_attempt(store, state.run, attempt)
     if number > 1 and attempt is None:
         print(f"attempt {number}; --attempt {number - 1} shows the one before", file=sys.stderr)
-    for line in (follow_log if follow else read_log)(store, state.run, number, stage):
-        print(line, flush=follow)
     if follow:
-        ended = attempt_status(store, state.run, number)
-        if ended != "ok":
-            _print_how_to_go_on(store, state.run, ended)
-        raise typer.Exit(ENDS[ended])
+        raise typer.Exit(print_log_to_its_end(store, state.run, number, stage))
+    for line in read_log(store, state.run, number, stage):
+        print(line)
 
 
 @app.command()
@@ -202,7 +254,8 @@ def stop(
     timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="how long to wait for its end")] = 60.0,
     results: ResultsOption = RESULTS,
 ) -> None:
-    """Stop a run on this machine; what is finished is kept."""
+    """Stop a run on this machine, or one that was submitted; what is finished is kept."""
+    from layerwise.pipeline.handover import print_how_to_go_on
     from layerwise.pipeline.lifecycle import stop as stop_run
 
     store = _open(results)
@@ -210,7 +263,7 @@ def stop(
     if state.status == "ok":
         print(f"run {state.run} was finished before it could be stopped", file=sys.stderr)
     else:
-        _print_how_to_go_on(store, state.run, state.status)
+        print_how_to_go_on(store, state)
 
 
 @app.command()
@@ -220,18 +273,36 @@ def resume(
     executor: Annotated[
         str | None, typer.Option(help="where the work runs: ray or inline; as the last time if left out")
     ] = None,
-    address: AddressOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="of a running Ray cluster: http(s)://... to submit it there, or as in `run`"
+        ),
+    ] = None,
+    wait: WaitOption = False,
+    require_auth: RequireAuthOption = False,
+    ship: ShipOption = None,
+    pass_env: PassOption = None,
+    in_clear: InClearOption = False,
 ) -> None:
-    """Go on with a run from its own folder; its workflow file is not needed."""
+    """Go on with a run from its own folder; its workflow file is not needed. A submitted run is submitted again."""
     from layerwise.pipeline.display import open_display
     from layerwise.pipeline.lifecycle import reopen
     from layerwise.pipeline.status import run_state
+    from layerwise.pipeline.submit import again
 
     if executor is not None:
         _check_executor(executor)
+    store = _open(results.absolute())
+    state = run_state(store, run)
+    flags = {"require_auth": require_auth, "in_clear": in_clear, "wait": wait}
+    changes = {"ships": ship, "pass_env": pass_env, **{name: flag or None for name, flag in flags.items()}}
+    options = again(state, address, executor, sys.argv, changes)
+    if options is not None and state.status != "ok":
+        from layerwise.pipeline.handover import hand_over
+
+        _end_with(hand_over(reopen(store, state, open_display()), options, wait), store, state.run)
     with _stoppable():
-        store = _open(results)
-        state = run_state(store, run)
         if state.status == "ok":
             print(f"run {state.run} is finished already", file=sys.stderr)
         else:
@@ -242,7 +313,9 @@ def resume(
 @app.command()
 def frontier(
     run: RunArgument = None,
-    over: Annotated[Literal["bits", "effective_bits", "bytes"], typer.Option(help="the cost on one axis")] = "bits",
+    over: Annotated[
+        Literal["bits", "effective_bits", "bytes", "ms"], typer.Option(help="the cost on one axis")
+    ] = "bits",
     loss: Annotated[
         Literal["heldout_kl", "heldout_perplexity", "kl"] | None,
         typer.Option(help="the loss on the other; held-out KL if everything has it"),
@@ -298,6 +371,70 @@ def show(
 
 
 @app.command()
+def bench(
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="what computes")] = "cpu",
+    shapes: Annotated[
+        list[str] | None, typer.Option(metavar="OUTxIN", help="weights, e.g. 4096x4096,11008x4096")
+    ] = None,
+    m: Annotated[list[str] | None, typer.Option("--m", metavar="ROWS", help="rows of activations, e.g. 1,16")] = None,
+    bits: Annotated[list[str] | None, typer.Option(metavar="BITS", help="of the codes, e.g. 4,8")] = None,
+    group_size: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMNS", help="that share a scale, e.g. 128,-1 (-1 for the whole row)")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="of the activations; float32 on a processor, float16 on a GPU if left out")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=3, help="of each time; their median counts")] = 9,
+    window_ms: Annotated[float, typer.Option(min=0.01, help="CPU time of one sample at least")] = 60.0,
+    max_spread: Annotated[
+        float, typer.Option(min=0.001, help="(median - minimum) / minimum above which times are refused")
+    ] = 0.1,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="also save the table of times, as JSON")
+    ] = None,
+    format_: FormatOption = "table",
+) -> None:
+    """Time the kernels on this device, beside the dense product; `ratio` is how many times faster they are."""
+    from layerwise.errors import NoisyMeasurement
+    from layerwise.kernels.timing import Sampling
+    from layerwise.pipeline import bench as benchmark
+    from layerwise.pipeline.display import Pace, left
+
+    pace = Pace()
+
+    def tell(done: int, total: int, note: str) -> None:
+        if done < total:
+            print(f"{done} of {total}: {note}{left(pace.remaining(done, total, ''))}", file=sys.stderr, flush=True)
+
+    task = benchmark.Bench(
+        shapes=benchmark.read_shapes(shapes or []) or benchmark.SHAPES,
+        rows=benchmark.read_numbers(m or [], "rows") or benchmark.ROWS,
+        bits=benchmark.read_numbers(bits or [], "bits") or benchmark.BITS,
+        group_sizes=benchmark.read_numbers(group_size or [], "group size") or benchmark.GROUP_SIZES,
+        device=device,
+        dtype=dtype,
+        sampling=Sampling(window_ms, samples, max_spread=max_spread),
+    )
+    noisy: NoisyMeasurement | None = None
+    stopped = False
+    try:
+        task.run(tell)
+    except NoisyMeasurement as error:
+        noisy = error
+    except KeyboardInterrupt:
+        stopped = True
+        print(f"\nstopped after {len(task.measured)} times; they follow", file=sys.stderr)
+    _print_table(task.frame(), format_)
+    if output is not None:
+        task.save(output)
+        print(f"wrote {output}", file=sys.stderr)
+    if noisy is not None:
+        raise noisy
+    if stopped:
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
 def doctor(
     results: ResultsOption = RESULTS,
     address: Annotated[
@@ -338,6 +475,14 @@ def main() -> None:
 def _fail(text: str, code: int) -> NoReturn:
     print(text, file=sys.stderr)
     sys.exit(code)
+
+
+def _end_with(code: int | None, store: Store, run: str) -> NoReturn:
+    """End a command that handed a run over; with nothing to hand over, it is finished."""
+    if code is None:
+        print(f"run {run} is finished already", file=sys.stderr)
+        _print_outcome(store, run)
+    raise typer.Exit(code or 0)
 
 
 def _execute(prepared: Run, executor: str, *, address: str | None, wait: bool = True) -> None:
@@ -421,14 +566,11 @@ def _print_run_state(state: RunState, stages: pd.DataFrame, format_: Format) -> 
         from layerwise.results.format import format_value
 
         started = f"started {format_value(state.started_at)} on {state.where}"
-        print(f"run {state.run}: {state.status}, attempt {state.number} ({state.executor}), {started}\n")
+        job = "" if state.submission is None else f", as job {state.submission.job} at {state.submission.address}"
+        print(f"run {state.run}: {state.status}, attempt {state.number} ({state.executor}), {started}{job}\n")
+        if state.error is not None and state.attempt is None:
+            print(f"{state.error}\n")
     _print_table(stages, format_)
-
-
-def _print_how_to_go_on(store: Store, run: str, status: str) -> None:
-    from layerwise.pipeline.lifecycle import resume_command
-
-    print(f"run {run}: {status}; to go on: {resume_command(store, run)}", file=sys.stderr)
 
 
 def _print_frontier(frame: pd.DataFrame, format_: Format) -> None:
@@ -439,6 +581,7 @@ def _print_frontier(frame: pd.DataFrame, format_: Format) -> None:
         print(f"run {same['run']}, Pareto frontier by {same['ranked_by']}{text}\n")
         frame = frame.drop(columns=["run", "metric", "heldout_data", "ranked_by"])
         frame = frame.drop(columns=[name for name in ("on_front",) if frame[name].all()])
+        frame = frame.drop(columns=[name for name in ("ms",) if frame[name].isna().all()])
     _print_table(frame, format_)
 
 

@@ -1,4 +1,4 @@
-"""What can be done to a run that somebody started: follow its log, stop it, run it again from its own folder.
+"""What can be done to a run that somebody started or submitted: follow its log, stop it, run it from its own folder.
 
 The results folder is all that it takes. The workflow file may be gone: `runs/<run>/workflow.yaml` means the same, and
 it is checked that it still gives the same run. Whether a run is at work is for its lock to say in the end: of two who
@@ -14,13 +14,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from layerwise.errors import LayerwiseError, StoreError, UsageError
+from layerwise.errors import ClusterError, LayerwiseError, StoreError, UsageError
 from layerwise.pipeline.attempt import attempt_numbers, read_attempt
 from layerwise.pipeline.display import Display
+from layerwise.pipeline.jobs import Jobs
 from layerwise.pipeline.process import Process
 from layerwise.pipeline.run import WORKFLOW, Run
 from layerwise.pipeline.runlog import log_file
-from layerwise.pipeline.status import RunState, attempt_status, run_state
+from layerwise.pipeline.status import LIVE, RunState, attempt_status, run_state
+from layerwise.pipeline.submission import Submission, read_submission, submission_numbers
+from layerwise.pipeline.submitted import Clusters
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.results.store import Store
 from layerwise.stages.registry import nearest
@@ -30,6 +33,9 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 SECONDS_BETWEEN_STORE_LOOKS = 2.0
 """How often the tables are asked about it; each time costs some milliseconds per attempt."""
+
+SECONDS_OF_PATIENCE = 60.0
+"""How long a cluster may be silent while a log is followed: a tunnel that is opened anew is no reason to give up."""
 
 
 def resume_command(store: Store, run: str) -> str:
@@ -51,9 +57,12 @@ def stop(store: Store, run: str, timeout: float) -> RunState:
         How it stands at the end; `ok` or `failed` if it was faster.
     Raises:
         UsageError: it is not at work, or its process is out of reach.
+        ClusterError: the cluster that it was submitted to cannot be reached.
         LayerwiseError: it is still at work after that time.
     """
     state = run_state(store, run)
+    if state.submission is not None and state.live:
+        return _stop_job(store, state, state.submission, timeout)
     process = _running(store, state)
     try:
         os.kill(process.pid, signal.SIGTERM)
@@ -73,6 +82,22 @@ def stop(store: Store, run: str, timeout: float) -> RunState:
     return run_state(store, state.run)
 
 
+def _stop_job(store: Store, state: RunState, submission: Submission, timeout: float) -> RunState:
+    """End a submitted run by Ray's own means, which gives its driver half a minute to end in good order."""
+    jobs, until = Jobs.at(submission.address, in_clear=submission.in_clear), time.monotonic() + timeout
+    jobs.stop(submission.job)
+    while True:
+        job, state = jobs.find(submission.job), run_state(store, state.run)
+        if (job is None or job.over) and not state.live:
+            return state
+        if time.monotonic() > until:
+            raise LayerwiseError(
+                f"job {submission.job} of run {state.run} was told to stop {timeout:.0f} s ago and is still there",
+                hint="look again with `layerwise status`; what is finished is kept either way",
+            )
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
 def _running(store: Store, state: RunState) -> Process:
     """The process of a run that is at work here."""
     again = resume_command(store, state.run)
@@ -81,8 +106,9 @@ def _running(store: Store, state: RunState) -> Process:
         raise UsageError(f"run {state.run} is already finished ({state.status})", hint=hint)
     if state.status == "stopped":
         raise UsageError(f"run {state.run} is already stopped", hint=f"to go on: {again}")
-    if state.status == "interrupted":
-        raise UsageError(f"run {state.run} is not at work: its process is gone", hint=f"to go on: {again}")
+    if state.status in ("interrupted", "not started"):
+        why = "its process is gone" if state.attempt is not None else state.remark or "it has not been started"
+        raise UsageError(f"run {state.run} is not at work: {why}", hint=f"to go on: {again}")
     if state.attempt is None or not state.checked:
         raise UsageError(
             f"run {state.run} is said to be at work on {state.host}, which cannot be reached from here",
@@ -100,7 +126,8 @@ def find_attempt(store: Store, run: str, number: int | None = None) -> int:
     Raises:
         UsageError: there is no such attempt.
     """
-    known = attempt_numbers(store.root / "runs" / run)
+    folder = store.root / "runs" / run
+    known = sorted({*attempt_numbers(folder), *submission_numbers(folder)})
     if number is None and known:
         return known[-1]
     if number not in known:
@@ -127,26 +154,48 @@ def read_log(store: Store, run: str, number: int, stage: str | None = None) -> I
         UsageError: there is no log.
     """
     path = log_file(store.root / "runs" / run, number)
-    if not path.is_file():
-        raise UsageError(f"attempt {number} of run {run} left no log: {path} is missing")
-    lines, _ = _lines(path, 0)
+    if path.is_file():
+        lines, _ = _lines(path, 0)
+    else:
+        lines = _printed(store, run, number).splitlines()
+        if not lines:
+            raise UsageError(f"attempt {number} of run {run} left no log: {path} is missing")
     return (line for line in lines if _about(line, stage))
 
 
 def follow_log(store: Store, run: str, number: int, stage: str | None = None) -> Iterator[str]:
-    """The same lines, and those that follow, until the attempt has ended; `attempt_status` then says how."""
-    path, attempt = log_file(store.root / "runs" / run, number), read_attempt(store.root / "runs" / run, number)
-    position, next_look = 0, 0.0
+    """The same lines, and those that follow, until the attempt has ended; `attempt_status` then says how.
+
+    Raises:
+        ClusterError: only its cluster can say whether it goes on, and it has not answered for a while.
+    """
+    path, clusters = log_file(store.root / "runs" / run, number), Clusters()
+    position, next_look, silent_since = 0, 0.0, None
     while True:
+        attempt = read_attempt(store.root / "runs" / run, number)
         ended = attempt is not None and attempt.process.alive() is False
         if not ended and time.monotonic() >= next_look:
-            ended = attempt_status(store, run, number) != "running"
+            try:
+                ended, silent_since = attempt_status(store, run, number, clusters) not in LIVE, None
+            except ClusterError:
+                clusters.forget()
+                silent_since = time.monotonic() if silent_since is None else silent_since
+                if time.monotonic() - silent_since > SECONDS_OF_PATIENCE:
+                    raise
             next_look = time.monotonic() + SECONDS_BETWEEN_STORE_LOOKS
         lines, position = _lines(path, position)  # after the look, so that the last line is not missed
         yield from (line for line in lines if _about(line, stage))
         if ended:
+            if position == 0:
+                yield from (line for line in _printed(store, run, number).splitlines() if _about(line, stage))
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _printed(store: Store, run: str, number: int) -> str:
+    """What the job of an attempt has printed, which is all there is of one that ended before its run began."""
+    submission = read_submission(store.root / "runs" / run, number)
+    return "" if submission is None else Jobs.at(submission.address, in_clear=submission.in_clear).log(submission.job)
 
 
 def _lines(path: Path, position: int) -> tuple[list[str], int]:
@@ -184,12 +233,14 @@ def reopen(store: Store, state: RunState, display: Display) -> Run:
         UsageError: an older layerwise made it, or its model or texts have changed.
         WorkflowError: its model or texts are no longer there.
     """
-    if state.status == "running" and state.checked:
-        pid = "" if state.attempt is None else f", in process {state.attempt.process.pid}"
+    if state.live and state.checked:
+        where = "" if state.attempt is None else f", in process {state.attempt.process.pid}"
+        if state.submission is not None:
+            where = f", as job {state.submission.job} at {state.submission.address}"
         raise StoreError(
-            f"run {state.run} is at work{pid}", hint="`layerwise logs -f` follows it, `layerwise stop` ends it"
+            f"run {state.run} is at work{where}", hint="`layerwise logs -f` follows it, `layerwise stop` ends it"
         )
-    if state.status == "running":
+    if state.live:
         display.note(f"{state.host} cannot be asked whether it still runs {state.run}; its lock will say")
     path = store.root / "runs" / state.run / WORKFLOW
     if not path.is_file():

@@ -68,15 +68,19 @@ class Run:
         workflow: what to run.
         root: the results folder, made if missing.
         display: is told what happens.
+        written: the resolved workflow as it was written, where this machine has its files elsewhere; it is what is
+            recorded, and it gives the same id, because that depends on contents alone.
     """
 
-    def __init__(self, workflow: Workflow, root: Path, display: Display) -> None:
+    def __init__(
+        self, workflow: Workflow, root: Path, display: Display, written: Mapping[str, Any] | None = None
+    ) -> None:
         self.workflow, self.display = workflow, display
         self.store = Store.open(root, create=True)
         self.artifacts = ArtifactStore(root)
         self.sources: Fetched = fetch(workflow, root, self.artifacts.digests)
         self.artifacts.digests.save()
-        self.resolved = workflow.resolved()
+        self.resolved = workflow.resolved() if written is None else dict(written)
         self.id = self._id()
         self.folder = root / "runs" / self.id
 
@@ -126,6 +130,7 @@ class Run:
             "data": {name: self.sources.data_digests[text] for name, text in texts.items()},
             "device": "cpu",
             "threads": node.resources.threads,
+            **({"machine": dict(node.stage.measures(node.params))} if node.stage.measures else {}),
         }
 
     def _find(self, key: str) -> Artifact | None:
@@ -154,7 +159,13 @@ class Run:
     # --- running ---
 
     def execute(
-        self, executor: str, argv: Sequence[str] = (), *, wait: bool = True, address: str | None = None
+        self,
+        executor: str,
+        argv: Sequence[str] = (),
+        *,
+        wait: bool = True,
+        address: str | None = None,
+        submitted: int | None = None,
     ) -> None:
         """Run every stage that is not in the cache.
 
@@ -163,24 +174,24 @@ class Run:
             argv: the command, for the record.
             wait: for another process that runs the same; if not, it is an error.
             address: of a running cluster that the executor is to join.
+            submitted: the number of the attempt, if it was submitted to that cluster.
         Raises:
             LayerwiseError: a stage stopped; what was finished is kept.
             StoreError: another process runs the same, and it is not to be waited for.
         """
         with locked(self.folder / "lock", self._wait if wait else self._refuse):
-            self._keep_workflow()
-            attempt = begin_attempt(self.folder, executor, argv, self.artifacts.tmp)
+            self.keep_workflow()
             account = Account(
                 self.store,
                 run=self.id,
-                attempt=attempt.number,
                 name=self.workflow.name,
                 resolved=self.resolved,
                 executor=executor,
                 argv=argv,
             )
+            attempt = begin_attempt(self.folder, executor, argv, self.artifacts.tmp, submitted)
             with (
-                account.open(),
+                account.open(attempt.number),
                 self._recorded(account.attempt),
                 self._displayed(),
                 _lazily_opened(executor, address) as opened,
@@ -196,7 +207,7 @@ class Run:
             hint="`layerwise logs -f` follows it, `layerwise stop` ends it",
         )
 
-    def _keep_workflow(self) -> None:
+    def keep_workflow(self) -> None:
         """All that it takes to run this again, wherever the workflow file has gone."""
         path, text = self.folder / WORKFLOW, dump(self.resolved).encode()
         if not path.is_file() or path.read_bytes() != text:

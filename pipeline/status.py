@@ -2,27 +2,36 @@
 
 The tables say what was done and how each attempt ended. A run that was killed could not write its end, so of a run that
 seems to be at work the process is asked whether it lives, by its id and its start, which only its own host can answer.
-How far the present stage is comes from `progress.json`; losing that file costs a number on the screen.
+Of an attempt that was submitted to a cluster, Ray is asked where that answers nothing (`submitted.py`): before the job
+has begun, and from another host. How far the present stage is comes from `progress.json`; losing that file costs a
+number on the screen.
 
-Left out: asking other hosts.
+Left out: asking other hosts about what was not submitted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from layerwise.pipeline.attempt import Attempt, read_attempt
+from layerwise.pipeline.attempt import Attempt, attempt_numbers, last_number, read_attempt
 from layerwise.pipeline.display import clock, left
+from layerwise.pipeline.run import WORKFLOW
 from layerwise.pipeline.runlog import Progress, read_progress
-from layerwise.results.runs import find_run, latest_runs, latest_stages
+from layerwise.pipeline.submission import Submission, read_submission
+from layerwise.pipeline.submitted import Clusters, Told, tell
+from layerwise.pipeline.workflow.yaml12 import load_file
+from layerwise.results.runs import find_run, latest_runs, latest_stages, runs_table
 from layerwise.results.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
+
+LIVE = ("running", "pending")
+"""The states of what has not ended, as far as is known."""
 
 _STAGE_COLUMNS = ["run_id", "stage", "uses", "cache", "reason", "status", "items_total", "seconds", "error", "attempt"]
 
@@ -58,12 +67,15 @@ class RunState:
     """How a run stands.
 
     Args:
-        status: `running`, `ok`, `failed`, `stopped`, or `interrupted`: its process ended without a word.
+        status: `running`, `ok`, `failed`, `stopped`, or `interrupted`: its process ended without a word. `pending`: it
+            was submitted, and its job has not begun. `not started`: only its folder is there.
         number: of the latest attempt.
-        attempt: the record of it; None if an older layerwise made it.
+        attempt: the record of it; None if it has not begun, or an older layerwise made it.
+        submission: of the latest attempt, if it was submitted to a cluster.
         checked: False where the run is said to be at work and nobody here can know.
         seconds: from start to end, or so far; None where nobody knows the end.
         stages: in the order in which they run.
+        remark: what Ray says that the status does not.
     """
 
     run: str
@@ -77,11 +89,20 @@ class RunState:
     seconds: float | None
     error: str | None
     stages: tuple[StageState, ...]
+    submission: Submission | None = None
+    remark: str | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return self.status in LIVE
 
     @property
     def host(self) -> str:
-        """Where the latest attempt was made."""
-        return "an unknown host" if self.attempt is None else self.attempt.process.host
+        """Where the latest attempt was made, or was to be made."""
+        if self.attempt is not None:
+            return self.attempt.process.host
+        return "an unknown host" if self.submission is None else self.submission.address
 
     @property
     def where(self) -> str:
@@ -99,7 +120,10 @@ def run_states(store: Store) -> list[RunState]:
     stages: dict[str, dict[str, dict[str, Any]]] = {}
     for row in store.rows("stages", columns=_STAGE_COLUMNS):  # in order, so the last one of a stage stays
         stages.setdefault(row["run_id"], {})[row["stage"]] = row
-    return [_run_state(store, row, stages.get(row["run_id"], {})) for row in latest_runs(store)]
+    clusters = Clusters()
+    rows = latest_runs(store)
+    rows = sorted([*rows, *_without_rows(store, rows)], key=lambda row: row["written_at"], reverse=True)
+    return [_run_state(store, row, stages.get(row["run_id"], {}), clusters, thorough=False) for row in rows]
 
 
 def run_state(store: Store, run: str | None) -> RunState:
@@ -111,51 +135,107 @@ def run_state(store: Store, run: str | None) -> RunState:
     Raises:
         UsageError: there is no such run, or several start like this.
     """
-    run = find_run(store, run)
-    row = store.rows("runs", run=run)[-1]
-    return _run_state(store, row, latest_stages(store, run))
+    found = find_run(store, run, _without_rows(store, latest_runs(store)))
+
+    def look() -> RunState:
+        rows = store.rows("runs", run=found) or _without_rows(store, ())
+        row = next(row for row in reversed(rows) if row["run_id"] == found)
+        return _run_state(store, row, latest_stages(store, found), Clusters(), thorough=True)
+
+    state = look()
+    return state if state.live else look()  # as in `attempt_status`
 
 
-def attempt_status(store: Store, run: str, number: int) -> str:
-    """How one attempt at a run stands, in the words of `RunState.status`."""
-    rows = store.rows("runs", run=run, columns=["status", "attempt"])
-    statuses = [str(row["status"]) for row in rows if row["attempt"] == number]
-    later = any(row["attempt"] > number for row in rows)
-    attempt = read_attempt(store.root / "runs" / run, number)
-    return _checked_status(statuses[-1] if statuses else "running", attempt, over=later)[0]
+def attempt_status(store: Store, run: str, number: int, clusters: Clusters | None = None) -> str:
+    """How one attempt at a run stands, in the words of `RunState.status`.
+
+    Args:
+        store: where to look.
+        run: its id.
+        number: of the attempt.
+        clusters: to ask.
+    Raises:
+        ClusterError: only the cluster that it was submitted to can say, and it cannot be asked.
+    """
+    folder = store.root / "runs" / run
+
+    def look() -> Told:
+        rows = store.rows("runs", run=run, columns=["status", "attempt"])
+        statuses = [str(row["status"]) for row in rows if row["attempt"] == number]
+        later = max(attempt_numbers(folder), default=0) > number
+        attempt, submission = read_attempt(folder, number), read_submission(folder, number)
+        return tell(statuses[-1] if statuses else None, attempt, submission, clusters or Clusters(), over=later)
+
+    told = look()
+    if told.status not in LIVE:
+        told = look()  # it may have written its end after it was read, and ended before it was asked
+    if told.failure is not None:
+        raise told.failure
+    return told.status
 
 
-def _checked_status(recorded: str, attempt: Attempt | None, over: bool = False) -> tuple[str, bool]:
-    """The status that holds, and whether that is certain."""
-    if recorded != "running":
-        return recorded, True
-    alive = False if over else None if attempt is None else attempt.process.alive()
-    return ("interrupted" if alive is False else "running"), alive is not None
+def checked_runs_table(store: Store) -> pd.DataFrame:
+    """`results.runs.runs_table` with the status that holds, where that of the tables is the last word of the dead."""
+    frame, states = runs_table(store), {state.run: state for state in run_states(store)}
+    known = zip(frame["run"], frame["status"], strict=True)
+    frame["status"] = [states[run].status if run in states else status for run, status in known]
+    return frame
 
 
-def _run_state(store: Store, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> RunState:
+def _without_rows(store: Store, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As rows of `runs`, those runs whose folder is there and which have left no row: their job has not begun yet."""
+    known = {row["run_id"] for row in rows}
+    found: list[dict[str, Any]] = []
+    for path in (store.root / "runs").glob(f"*/{WORKFLOW}"):
+        if path.parent.name in known:
+            continue
+        workflow: Any = load_file(path).plain()
+        at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        found.append(
+            {
+                "run_id": path.parent.name,
+                "name": workflow["name"],
+                "attempt": 0,
+                "status": None,
+                "executor": "ray",
+                "resolved": json.dumps(workflow),
+                **dict.fromkeys(("started_at", "written_at"), at),
+                **dict.fromkeys(("seconds", "error")),
+            }
+        )
+    return found
+
+
+def _run_state(
+    store: Store, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], clusters: Clusters, thorough: bool
+) -> RunState:
     folder = store.root / "runs" / row["run_id"]
-    attempt = read_attempt(folder, row["attempt"])
-    status, checked = _checked_status(row["status"], attempt)
+    number = max(row["attempt"], last_number(folder))
+    attempt, submission = read_attempt(folder, number), read_submission(folder, number)
+    begun = number == row["attempt"]  # else it was submitted, and has written no row
+    told = tell(row["status"] if begun else None, attempt, submission, clusters, thorough=thorough)
     progress = read_progress(folder)
-    if progress is not None and progress.attempt != row["attempt"]:
+    if progress is not None and progress.attempt != number:
         progress = None
     now = datetime.now(UTC)
+    started = row["started_at"] if begun or submission is None else submission.submitted_at
     return RunState(
         run=row["run_id"],
         name=row["name"],
-        status=status,
-        number=row["attempt"],
+        status=told.status,
+        number=number,
         attempt=attempt,
-        checked=checked,
-        executor=row["executor"],
-        started_at=row["started_at"],
-        seconds=(now - row["started_at"]).total_seconds() if status == "running" else row["seconds"],
-        error=row["error"],
+        checked=told.checked,
+        executor=row["executor"] if begun else "ray",
+        started_at=started,
+        seconds=(now - started).total_seconds() if told.status == "running" else row["seconds"] if begun else None,
+        error=row["error"] if begun else told.error,
         stages=tuple(
-            _stage_state(stage, entry["uses"], rows.get(stage), status, row["attempt"], progress, now)
+            _stage_state(stage, entry["uses"], rows.get(stage), told.status, number, progress, now)
             for stage, entry in json.loads(row["resolved"])["stages"].items()
         ),
+        submission=submission,
+        remark=told.remark,
     )
 
 
@@ -192,7 +272,7 @@ def _stage_state(
         place = (None, None, "") if told is None else (told.done, told.total, told.note)
         tail = {"seconds": row["seconds"], "reason": row["reason"], "error": row["error"]}
         return StageState(stage, uses, row["status"], *place, **tail)
-    return StageState(stage, uses, "waiting" if run_status == "running" else "not started")
+    return StageState(stage, uses, "waiting" if run_status in ("running", "pending") else "not started")
 
 
 # --- tables ---
@@ -229,6 +309,9 @@ def _run_facts(state: RunState) -> dict[str, Any]:
         "host": None if process is None else process.host,
         "pid": None if process is None else process.pid,
         "checked": state.checked,
+        "job": None if state.submission is None else state.submission.job,
+        "address": None if state.submission is None else state.submission.address,
+        "remark": state.remark,
         "started_at": state.started_at,
         "seconds": state.seconds,
         "error": state.error,

@@ -25,11 +25,13 @@ class Token:
         source: where it comes from, for people.
         value: the secret; printable ASCII, so that an HTTP header takes it.
         file: the file that it stands in, None if it comes from `RAY_AUTH_TOKEN`.
+        in_clear: its owner lets it travel where others may read it.
     """
 
     source: str
     value: str = field(repr=False)
     file: Path | None = None
+    in_clear: bool = False
 
     @property
     def open_mode(self) -> int | None:

@@ -9,6 +9,7 @@ import shutil
 import socket
 from pathlib import Path
 
+from layerwise.pipeline.cluster import ADDRESS_VARIABLES, same_address
 from layerwise.pipeline.doctor.check import Finding, Surroundings, ok, problem, warning
 from layerwise.pipeline.tokens import asks_for_token, find_token, token_file
 
@@ -42,16 +43,15 @@ def token(_: Surroundings) -> Finding:
 
 def addresses(surroundings: Surroundings) -> Finding:
     """Variables that Ray's job client follows instead of the address that it is given; the first one wins."""
-    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    given = {name: os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)}
     if not given:
-        return ok(f"{names[0]} and {names[1]} are not set")
+        return ok(f"{ADDRESS_VARIABLES[0]} and {ADDRESS_VARIABLES[1]} are not set")
     shown = ", ".join(f"{name}={re.sub('//[^/]*@', '//***@', value)}" for name, value in given.items())
     address = surroundings.address
     if address is None:
         return ok(f"{shown}; a Ray that layerwise starts here is not touched by that")
     first = next(iter(given.values()))
-    if _with_scheme(first) == _with_scheme(address):
+    if same_address(first, address):
         return ok(f"{shown}, the same as --address")
     return problem(f"Ray's job client would follow {shown} instead of --address {address}", f"unset {' '.join(given)}")
 
@@ -74,8 +74,3 @@ def sockets(_: Surroundings) -> Finding:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return ok(f"paths of {len(os.fsencode(path))} of at most 107 bytes in {folder.parent}")
-
-
-def _with_scheme(address: str) -> str:
-    """As Ray's job client reads it, which takes http where nothing is said."""
-    return (address if "://" in address else f"http://{address}").rstrip("/").lower()

@@ -126,7 +126,7 @@ def _requirement(name: str) -> str:
         lines = metadata.requires("layerwise") or []
     except metadata.PackageNotFoundError:
         return ""
-    pairs = (re.match(r"([\w.-]+)\s*([^;]*)", line) for line in lines)
+    pairs = (re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;]*)", line) for line in lines)
     return next((pair[2].strip() for pair in pairs if pair and pair[1].lower() == name), "")
 
 

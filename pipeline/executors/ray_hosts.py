@@ -4,7 +4,9 @@ A host answers items with whatever callable it is given, one item at a time, and
 something else. It outlives the call and the stage, because a fresh process spends seconds on importing torch: a stage
 with little to do would spend its time on that. The dispatcher, not Ray, replaces a host that died and sends its item
 again, because only it knows which item that was and how often it was tried. Items go to whichever host is idle, in
-their order. A host is created when there is an item for it, so few items start few processes.
+their order. A host is created when there is an item for it, so few items start few processes; but it gets one only when
+it runs. On a cluster that others use too there may be no room for it until they end, and an item that waits for that,
+while another host is idle, would have two runs wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ class Host:
         self._threads = threads
         self._serial: int | None = None
         self._loaded: Callable[[Any], Any] | None = None
+
+    def ready(self) -> None:
+        """Answers as soon as this process runs."""
 
     def answer(self, serial: int, factory: Callable[[], Callable[[Any], Any]], item: Any) -> tuple[Any, int]:
         """The answer of `factory()`, loaded once per serial, and the peak resident memory of this process in bytes.
@@ -78,6 +83,7 @@ class Hosts:
         self._actor = ray.remote(Host).options(**claims, max_restarts=0, max_task_retries=0)
         self._serial = 0
         self._idle: deque[Any] = deque()
+        self._starting: dict[Any, Any] = {}  # by the reference to `ready`; there may be no room for them yet
         self._busy: dict[Any, tuple[_Try, Any]] = {}  # by the reference to the answer
 
     def publish(self, factory: Callable[[], Callable[[Any], Any]]) -> tuple[int, Any]:
@@ -93,21 +99,21 @@ class Hosts:
         waiting = deque(_Try(index, 1) for index in range(len(items)))
         try:
             while waiting or self._busy:
-                while waiting and len(self._busy) < self.limit:
-                    tried = waiting.popleft()
-                    host = self._idle.popleft() if self._idle else self._actor.remote(self.resources.threads)
+                while waiting and self._idle:
+                    tried, host = waiting.popleft(), self._idle.popleft()
                     self._busy[host.answer.remote(*published, items[tried.index])] = (tried, host)
-                (ref,), _ = ray.wait(list(self._busy), num_returns=1)
+                self._start(len(waiting))
+                (ref,), _ = ray.wait([*self._busy, *self._starting], num_returns=1)
+                if ref in self._starting:
+                    self._started(ref, waiting, names)
+                    continue
                 tried, host = self._busy.pop(ref)
                 try:
                     with naming(names[tried.index]):
                         answer = fetch(ray, ref)
                 except ray.exceptions.RayError as error:
                     ray.kill(host)
-                    if tried.attempt == ATTEMPTS:
-                        raise lost(ray, names[tried.index], error) from error
-                    logger.info("a process died while working on %s: starting another", names[tried.index])
-                    waiting.appendleft(_Try(tried.index, tried.attempt + 1))
+                    waiting.appendleft(self._again(tried, names, error))
                 except Exception:
                     self._idle.append(host)
                     raise
@@ -117,9 +123,37 @@ class Hosts:
         finally:
             self._kill_busy()
 
+    def _start(self, wanted: int) -> None:
+        """Have as many hosts on their way as there are items for them, within the limit."""
+        while len(self._starting) < wanted and len(self._busy) + len(self._starting) < self.limit:
+            host = self._actor.remote(self.resources.threads)
+            self._starting[host.ready.remote()] = host
+
+    def _started(self, ref: Any, waiting: deque[_Try], names: Sequence[str]) -> None:
+        """Take in a host that runs; one that died at its start counts as a try of the item that waited for it."""
+        host = self._starting.pop(ref)
+        try:
+            fetch(self._ray, ref)
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(host)
+            if waiting:
+                waiting.appendleft(self._again(waiting.popleft(), names, error))
+        else:
+            self._idle.append(host)
+
+    def _again(self, tried: _Try, names: Sequence[str], error: Exception) -> _Try:
+        """The next try of an item whose host died under it."""
+        name = names[tried.index]
+        if tried.attempt == ATTEMPTS:
+            raise lost(self._ray, name, error) from error
+        logger.info("a process died while working on %s: starting another", name)
+        return _Try(tried.index, tried.attempt + 1)
+
     def close(self) -> None:
         """End every host."""
         self._kill_busy()
+        while self._starting:
+            self._ray.kill(self._starting.popitem()[1])
         while self._idle:
             self._ray.kill(self._idle.pop())
 

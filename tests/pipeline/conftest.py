@@ -4,23 +4,56 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import random
+import re
+import shutil
+import socket
+import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 from pydantic import AliasChoices, BeforeValidator, Field, field_validator
 
+from layerwise.pipeline import cli
 from layerwise.pipeline.workflow import Workflow, load_workflow
 from layerwise.stages.contract import Params, Port, Stage
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """The `layerwise` command, in this process."""
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["layerwise", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = error.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return call
 
 
 class GptqEntry(Params):
@@ -248,6 +281,103 @@ def tiny_workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Head:
+    """A head node on loopback that asks for a token.
+
+    Args:
+        address: of Ray itself, as `--address` of `run` takes it.
+        dashboard: as `--address` of `submit` takes it.
+        token: that it asks for.
+    """
+
+    address: str
+    dashboard: str
+    token: str
+
+    def env(self, token: str | None = None, **more: str) -> dict[str, str]:
+        """The environment of someone who has a token, by default the right one."""
+        return {**plain_environment(), "RAY_AUTH_TOKEN": token or self.token, "RAY_USAGE_STATS_ENABLED": "0", **more}
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "cluster.md"
+
+
+def page_blocks(kind: str) -> list[str]:
+    """The fenced blocks of docs/cluster.md of one kind: `bash`, `bash head`, `bash illustrative`."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="session")
+def cluster_page() -> SimpleNamespace:
+    """What docs/cluster.md says, for tests."""
+    return SimpleNamespace(text=PAGE.read_text(encoding="utf-8"), blocks=page_blocks)
+
+
+def plain_environment() -> dict[str, str]:
+    """Ours without what concerns Ray or a proxy."""
+    hidden = ("ray_", "http_proxy", "https_proxy", "all_proxy")
+    return {name: value for name, value in os.environ.items() if not name.lower().startswith(hidden)}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, above those that Ray gives to its workers."""
+    taken = []
+    for port in range(20_000 + os.getpid() % 10_000, 60_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                taken.append(port)
+        if len(taken) == count:
+            return taken
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """The one head node of the test session, two cores, with its dashboard; mark tests that ask for it `ray`.
+
+    It is started by the commands of docs/cluster.md, on other ports and with an empty home folder. The `python` on its
+    PATH knows no Ray. Only processes that were started here are ended.
+    """
+    import psutil
+
+    gcs, dashboard, agent, client = free_ports(4)
+    folder = Path(f"/tmp/lw-head-{os.getpid()}")  # socket paths end at 107 bytes
+    folder.mkdir()
+    home, wrong = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("bin")
+    for name in ("python", "python3"):
+        (wrong / name).write_text("#!/bin/sh\necho \"No module named 'ray'\" >&2\nexit 1\n")
+        (wrong / name).chmod(0o755)
+    env = plain_environment() | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    env["PATH"] = f"{wrong}:{Path(sys.executable).parent}:{env['PATH']}"
+    ports = f"--port {gcs} --dashboard-port {dashboard} --dashboard-agent-listen-port {agent}"
+    ports += f" --ray-client-server-port {client} --num-cpus 2 --object-store-memory 100000000 --temp-dir {folder}"
+    (script,) = page_blocks("bash head")
+    assert "ray start --head --block" in script
+    script = script.replace("ray start --head --block", f"exec ray start --head --block {ports}")
+    log = (home / "log").open("w")
+    process = subprocess.Popen(["bash", "-e", "-c", script], stdout=log, stderr=log, env=env)
+    try:
+        for _ in range(1200):
+            assert process.poll() is None, Path(log.name).read_text()
+            with socket.socket() as probe:
+                if "block forever" in Path(log.name).read_text() and probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            time.sleep(0.1)
+        token = (home / ".ray" / "auth_token").read_text()
+        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", token)
+        assert process.poll() is None, "nobody may take the cluster down"
+    finally:
+        if process.poll() is None:
+            started = psutil.Process(process.pid).children(recursive=True)
+            for child in [*started, process]:
+                child.kill()  # an orderly end takes Ray half a minute
+            psutil.wait_procs(started)
+            process.wait()
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture
 def empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A home folder without a token, and no variable of Ray or of a proxy, whoever runs the tests."""
@@ -268,10 +398,12 @@ class FakeCluster:
     status: int | None = None  # answers this whatever is asked
     location: str | None = None  # and leads there
     status_for_token: int | None = None  # answers this once a token came
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by id, as Ray tells of them
+    logs: dict[str, str] = field(default_factory=dict)
     address: str = ""
     seen: list[tuple[str, str | None]] = field(default_factory=list)
 
-    def answer(self, path: str, given: str | None) -> tuple[int, str]:
+    def answer(self, path: str, given: str | None, body: bytes = b"") -> tuple[int, str]:
         self.seen.append((path, given))
         if given is not None and self.status_for_token:
             return self.status_for_token, ""
@@ -281,7 +413,20 @@ class FakeCluster:
             return 401, "Unauthorized: Missing authentication token"
         if self.token is not None and given != f"Bearer {self.token}":
             return 403, "Forbidden: Invalid authentication token"
-        return 200, json.dumps({"version": "4", "ray_version": self.version}) if path == "/api/version" else "[]"
+        if path == "/api/version":
+            return 200, json.dumps({"version": "4", "ray_version": self.version})
+        if body and path == "/api/jobs/":
+            job = json.loads(body)
+            self.jobs[job["submission_id"]] = {"status": "PENDING", **job}
+            return 200, json.dumps({"job_id": job["submission_id"], "submission_id": job["submission_id"]})
+        return self.job(*path.removeprefix("/api/jobs/").split("/"))
+
+    def job(self, job: str, verb: str = "") -> tuple[int, str]:
+        if job and job not in self.jobs:
+            return 404, "does not exist"
+        if verb == "stop":
+            self.jobs[job]["status"] = "STOPPED"
+        return 200, json.dumps({"logs": self.logs.get(job, "")} if verb == "logs" else self.jobs.get(job, []))
 
     @property
     def sent(self) -> set[str | None]:
@@ -295,12 +440,16 @@ def fake_cluster() -> Iterator[FakeCluster]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            status, text = fake.answer(self.path, self.headers["Authorization"])
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            status, text = fake.answer(self.path, self.headers["Authorization"], body)
             self.send_response(status)
             if fake.location:
                 self.send_header("Location", fake.location)
             self.end_headers()
             self.wfile.write(text.encode())
+
+        def do_POST(self) -> None:
+            self.do_GET()
 
         def log_message(self, *_: Any) -> None: ...
 

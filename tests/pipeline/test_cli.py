@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,12 @@ import pytest
 from layerwise.pipeline import cli
 
 COMMANDS = ["run", "validate", "schema", "graph", "runs", "status", "logs", "stop", "resume"]
-COMMANDS += ["frontier", "show", "doctor"]
+COMMANDS += ["frontier", "show", "bench", "doctor"]
 STAGES = ["statistics", "levels", "profile", "search@ilp", "search@evolve", "score", "best", "model"]
 HEAVY = {"torch", "ray", "transformers"}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Layerwise = Callable[..., Outcome]
+Layerwise = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -52,20 +42,9 @@ def same_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def layerwise(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Layerwise:
+def layerwise(in_process: Layerwise) -> Layerwise:
     """The `layerwise` command."""
-
-    def call(*arguments: object) -> Outcome:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["layerwise", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code or 0
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+    return in_process
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +77,7 @@ def test_help_lists_every_command(layerwise: Layerwise) -> None:
 
 
 def test_validate_answers_on_stdout(layerwise: Layerwise, tiny_workflow: Path) -> None:
-    assert layerwise("validate", tiny_workflow) == Outcome(0, f"{tiny_workflow}: 8 stages, no errors\n", "")
+    assert layerwise("validate", tiny_workflow) == (0, f"{tiny_workflow}: 8 stages, no errors\n", "")
 
 
 def test_the_resolved_workflow_is_a_workflow_that_means_the_same(

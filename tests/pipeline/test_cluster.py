@@ -75,6 +75,14 @@ def test_no_token_travels_in_clear_to_another_machine(fake_cluster: Any, monkeyp
     assert fake_cluster.sent == {None}
 
 
+@pytest.mark.usefixtures("with_token")
+def test_a_token_travels_in_clear_where_its_owner_lets_it(fake_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_is_loopback", lambda _: False)
+    found = visit(fake_cluster.address, in_clear=True)
+    assert found.token is not None
+    assert (found.token.value, found.token.in_clear) == (TOKEN.value, True)
+
+
 @pytest.mark.parametrize(
     ("url", "safe"),
     [

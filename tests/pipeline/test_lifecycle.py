@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ import pytest
 from layerwise import stages
 from layerwise.errors import LayerwiseError, StoreError, UsageError
 from layerwise.pipeline import attempt as attempt_module
-from layerwise.pipeline import cli, lifecycle
+from layerwise.pipeline import lifecycle
 from layerwise.pipeline.attempt import read_attempt
 from layerwise.pipeline.display import SilentDisplay
 from layerwise.pipeline.lifecycle import follow_log, read_log, reopen, stop
@@ -36,16 +36,7 @@ SCRIPT = Path(__file__).with_name("fake_stages.py")
 STAGES = ["numbers", "parity", "sum", "aside"]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Layerwise = Callable[..., Outcome]
+Layerwise = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -60,20 +51,9 @@ def known_stages(fake_stages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.fixture
-def layerwise(workshop: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Layerwise:
+def layerwise(workshop: Any, in_process: Layerwise) -> Layerwise:
     """The `layerwise` command, on the results of the workshop."""
-
-    def call(*arguments: object) -> Outcome:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["layerwise", *map(str, arguments), "--results", str(workshop.results)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code or 0
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+    return lambda *arguments: in_process(*arguments, "--results", workshop.results)
 
 
 @pytest.fixture
@@ -157,7 +137,7 @@ def test_the_kept_workflow_of_a_real_run_gives_the_same_run(tiny_workflow: Path,
     from layerwise.pipeline.run import Run
 
     run = Run(load_workflow(tiny_workflow, profile="short", params={"bits": "[3, 5]"}), tmp_path, SilentDisplay())
-    run._keep_workflow()
+    run.keep_workflow()
     assert Run(load_workflow(run.folder / "workflow.yaml"), tmp_path, SilentDisplay()).id == run.id
 
 
@@ -243,6 +223,8 @@ def test_a_killed_run_is_interrupted_and_says_how_to_go_on(
     assert list(statuses(store).values()) == ["interrupted", "not started", "not started", "not started"]
     outcome = layerwise("status")
     assert re.search(r"flow-\w+ +interrupted +0/4 +numbers 2/4 numbers", outcome.out)
+    assert [row["status"] for row in json.loads(layerwise("runs", "--format", "json").out)] == ["interrupted"]
+    assert store.rows("runs")[-1]["status"] == "running"  # which is the last word of the dead
     assert f"run {run}: interrupted; to go on: layerwise resume {run} --results {workshop.results}" in outcome.err
     assert layerwise("logs", "-f").code == 3
     refused = layerwise("stop", "flow")
