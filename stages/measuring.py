@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 WHOLE = 10
-"""How many times longer the windows of whole models are. With windows of 20 ms, one or two forward passes, 8-bit models
-of 69 M weights took 16 ms in turns with the dense one, and 12.5 ms by themselves."""
+"""How many times longer the windows of whole models are: one of 20 ms holds a forward pass or two of a small model."""
 
 
 class MeasureParams(Params):
