@@ -124,6 +124,20 @@ class Replicas(Protocol[Item_contra, Answer]):
         """
         ...
 
+    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
+        """Answer parts of items: a replica gets neighbours at a time, as a tuple, and answers with a list.
+
+        For parts that are cheaper together. Each answer is stored by itself, so that an interrupted stage finds it
+        again however many calls there are then.
+
+        Args:
+            parts: picklable, and small.
+            keys: one name per part.
+            calls: into how many the parts without an answer are gathered at most.
+            note: as in `map`.
+        """
+        ...
+
 
 class Executor(Protocol):
     """Where work inside a stage runs: in this process or on Ray."""

@@ -78,7 +78,8 @@ def _one_unit_changed(context: Context, params: ProfileParams, units: list[dict[
         if levels
     }
     with context.executor.replicas(factory) as pool:
-        answers = pool.map(list(requests.values()), keys=[request.key for request in requests.values()], note="units")
+        items = [(request,) for request in requests.values()]
+        answers = pool.map(items, keys=[request.key for request in requests.values()], note="units")
     table: Table = [[{"mean": None} for _ in unit["levels"]] for unit in units]
     for unit, scores in zip(requests, answers, strict=True):
         for level, measured in zip(usable[unit], scores, strict=True):

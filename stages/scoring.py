@@ -7,7 +7,6 @@ end.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -64,12 +63,13 @@ class Request:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
 
 
-Pool = Replicas[Request, list[Score]]
+Pool = Replicas[tuple[Request, ...], list[Score]]
+"""Answers requests that differ only in their genomes, with the scores of all of them in one list."""
 
 
 def evaluator_factory(
     context: Context, tokens: Tokens, *, database: Path | None = None, models: Sequence[Path] = (), batch_tokens: int
-) -> Callable[[], Callable[[Request], list[Score]]]:
+) -> Callable[[], Callable[[tuple[Request, ...]], list[Score]]]:
     """What `Executor.replicas` takes: loads a model, text and levels on a worker.
 
     Args:
@@ -84,7 +84,7 @@ def evaluator_factory(
 
 def _open_evaluator(
     model: ModelSource, tokens: Tokens, database: Path | None, models: tuple[Path, ...], batch_tokens: int
-) -> Callable[[Request], list[Score]]:
+) -> Callable[[tuple[Request, ...]], list[Score]]:
     from layerwise.stages.applied import AppliedModels
     from layerwise.stages.database import Database
     from layerwise.stages.evaluator import Evaluator
@@ -92,14 +92,20 @@ def _open_evaluator(
     from layerwise.stages.text import load_sequences
 
     levels = Database(database) if database else AppliedModels(models)
-    return Evaluator(CausalLM.load(model), load_sequences(tokens), levels, batch_tokens=batch_tokens)
+    evaluator = Evaluator(CausalLM.load(model), load_sequences(tokens), levels, batch_tokens=batch_tokens)
+    return lambda requests: evaluator(_united(requests))
+
+
+def _united(requests: Sequence[Request]) -> Request:
+    """One request for the genomes of all, in their order."""
+    return replace(requests[0], genomes=tuple(genome for request in requests for genome in request.genomes))
 
 
 def score(pool: Pool, request: Request, *, workers: int, note: str = "") -> list[Score]:
     """Score a request on all replicas.
 
-    Candidates are sorted, so that those with common first blocks meet on one replica, and split into a few parts; a
-    candidate's numbers do not depend on its company.
+    Candidates are sorted, so that those with common first blocks meet on one replica. A candidate's numbers do not
+    depend on its company, and each is kept by itself: an interrupted stage goes on with any number of replicas.
 
     Args:
         pool: the replicas.
@@ -110,19 +116,10 @@ def score(pool: Pool, request: Request, *, workers: int, note: str = "") -> list
         one score per genome, in their order.
     """
     distinct = sorted(set(request.genomes))  # two budgets may well lead to one allocation
-    requests = [replace(request, genomes=part) for part in _split(distinct, workers) if part]
-    answers = pool.map(requests, keys=[f"{part.key}-{note}" for part in requests], note=note)
-    found = {
-        genome: measured
-        for part, answer in zip(requests, answers, strict=True)
-        for genome, measured in zip(part.genomes, answer, strict=True)
-    }
+    parts = [replace(request, genomes=(genome,)) for genome in distinct]
+    keys = [f"{part.key}-{note}" for part in parts]
+    found = dict(zip(distinct, pool.map_together(parts, keys=keys, calls=workers, note=note), strict=True))
     return [found[genome] for genome in request.genomes]
-
-
-def _split(genomes: Sequence[Genome], parts: int) -> list[tuple[Genome, ...]]:
-    bounds = [len(genomes) * part // parts for part in range(parts + 1)]
-    return [tuple(genomes[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def perplexity(nll: float | None) -> float | None:

@@ -9,9 +9,18 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from layerwise.pipeline.executors.raw import RawReplicas, Resources, collect, item_names, measured, naming
+from layerwise.pipeline.executors.raw import (
+    RawReplicas,
+    Resources,
+    collect,
+    collect_parts,
+    gathered,
+    item_names,
+    measured,
+    naming,
+)
 from layerwise.stages.contract import Answer, Item
 
 Thing = TypeVar("Thing")
@@ -97,6 +106,9 @@ class _InlineReplica(Generic[Item, Answer]):
 
     def map(self, items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
         return collect(self.stream(items, keys))
+
+    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
+        return collect_parts(self.stream(*gathered(parts, keys, calls)))
 
     def _answer(self, item: Item) -> Answer:
         answer = self._loaded or self._factory()

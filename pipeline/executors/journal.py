@@ -11,6 +11,7 @@ Left out: batches. Each answer is its own file and flush, which items of 100 ms 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
-from layerwise.pipeline.executors.raw import RawExecutor
+from layerwise.pipeline.executors.raw import RawExecutor, gathered
 from layerwise.results.durable import publish_file
 from layerwise.stages.contract import Answer, Item, Replicas
 
@@ -96,8 +97,12 @@ class JournaledExecutor:
         def answer(items: Sequence[Item], keys: Sequence[str] | None, note: str) -> list[Answer]:
             return self._answer(raw.stream, items, self._entries(factory, keys, owner=raw), note)
 
+        def answer_together(parts: Sequence[Any], keys: Sequence[str], calls: int, note: str) -> list[Any]:
+            stream = partial(_stream_together, raw.stream, calls)
+            return self._answer(stream, parts, self._entries(factory, keys, owner=raw), note)
+
         with self._raw.replicas(factory) as raw:
-            yield _JournaledReplicas(answer)
+            yield _JournaledReplicas(answer, answer_together)
 
     def _answer(
         self,
@@ -140,11 +145,33 @@ class JournaledExecutor:
 
 
 class _JournaledReplicas(Generic[Item, Answer]):
-    def __init__(self, answer: Callable[[Sequence[Item], Sequence[str] | None, str], list[Answer]]) -> None:
-        self._answer = answer
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Item], Sequence[str] | None, str], list[Answer]],
+        answer_together: Callable[[Sequence[Any], Sequence[str], int, str], list[Any]],
+    ) -> None:
+        self._answer, self._answer_together = answer, answer_together
 
     def map(self, items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
         return self._answer(items, keys, note)
+
+    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
+        return self._answer_together(parts, keys, calls, note)
+
+
+def _stream_together(
+    stream: Callable[[Any, Sequence[str]], Generator[tuple[int, Any], None, None]],
+    calls: int,
+    parts: Sequence[Any],
+    keys: Sequence[str],
+) -> Generator[tuple[int, Any], None, None]:
+    """The answer of each part, as the items that they were gathered into are answered."""
+    items, names = gathered(parts, keys, calls)
+    starts = [0, *itertools.accumulate(map(len, items))]
+    with closing(stream(items, names)) as arriving:
+        for position, answers in arriving:
+            assert len(answers) == len(items[position]), "one answer per part"
+            yield from enumerate(answers, start=starts[position])
 
 
 @dataclass(frozen=True)

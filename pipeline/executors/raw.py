@@ -12,13 +12,14 @@ Left out: deadlines and duplicates of slow items. Work on units and candidates i
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from layerwise.errors import UsageError
 from layerwise.stages.contract import Answer, Executor, Item
@@ -68,6 +69,10 @@ class RawReplicas(Protocol[Item_contra, Answer]):
         ...
 
     def map(self, items: Sequence[Item_contra], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
+        """As in `contract.Replicas`, without a journal."""
+        ...
+
+    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
         """As in `contract.Replicas`, without a journal."""
         ...
 
@@ -130,6 +135,23 @@ def describe(cpus: float, gpus: float, memory_bytes: float | None) -> str:
 def collect(stream: Iterator[tuple[int, Answer]]) -> list[Answer]:
     """All answers of a stream, in the order of the items."""
     return [answer for _, answer in sorted(stream, key=lambda pair: pair[0])]
+
+
+def collect_parts(stream: Iterator[tuple[int, Any]]) -> list[Any]:
+    """The answers of all parts, where each item is several of them; in the order of the parts."""
+    return [answer for answers in collect(stream) for answer in answers]
+
+
+def gathered(parts: Sequence[Any], keys: Sequence[str], calls: int) -> tuple[list[Any], list[str]]:
+    """Parts as items: in at most so many runs of neighbours, whose sizes differ by one at most; none is empty.
+
+    Returns:
+        the items, tuples of parts, and what to call each in an error.
+    """
+    bounds = [len(parts) * call // calls for call in range(calls + 1)]
+    runs = [(start, end) for start, end in itertools.pairwise(bounds) if start < end]
+    items = [tuple(parts[start:end]) for start, end in runs]
+    return items, [keys[start] + (f" and {end - start - 1} more" if end - start > 1 else "") for start, end in runs]
 
 
 def item_names(items: Sequence[object], names: Sequence[str] | None) -> Sequence[str]:

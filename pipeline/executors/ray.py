@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Generic
 
 from layerwise.errors import UsageError
-from layerwise.pipeline.executors.raw import RawReplicas, Resources, collect, describe
+from layerwise.pipeline.executors.raw import RawReplicas, Resources, collect, collect_parts, describe, gathered
 from layerwise.pipeline.executors.ray_hosts import Hosts
 from layerwise.pipeline.executors.ray_session import RaySession
 from layerwise.stages.contract import Answer, Item
@@ -125,6 +125,9 @@ class _RayReplicas(Generic[Item, Answer]):
 
     def map(self, items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
         return collect(self._stream(items, keys))
+
+    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
+        return collect_parts(self.stream(*gathered(parts, keys, calls)))
 
 
 def _itself(fn: Callable[[Item], Answer]) -> Callable[[Item], Answer]:

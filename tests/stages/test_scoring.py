@@ -19,13 +19,16 @@ class RecordingPool:
     """Answers each genome with its own sum, and remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[list[Request]] = []
+        self.asked: list[Request] = []
+        self.calls = 0
 
-    def map(self, items: Sequence[Request], *, keys: Sequence[str] | None = None, note: str = "") -> list[Any]:
-        assert keys is not None
-        assert len(set(keys)) == len(keys) == len(items), "an executor refuses two items of one key"
-        self.asked.append(list(items))
-        return [[{"kl": {"mean": sum(genome)}} for genome in request.genomes] for request in items]
+    def map(self, items: Any, *, keys: Sequence[str] | None = None, note: str = "") -> list[Any]:
+        raise AssertionError("candidates are cheaper together")
+
+    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
+        assert len(set(keys)) == len(keys) == len(parts), "an executor refuses two parts of one key"
+        self.asked, self.calls = list(parts), calls
+        return [{"kl": {"mean": sum(genome)}} for request in parts for genome in request.genomes]
 
 
 genome_lists = st.lists(st.lists(st.integers(-1, 3), min_size=3, max_size=3).map(tuple), max_size=12)
@@ -36,18 +39,18 @@ def test_every_genome_gets_its_own_score_whatever_the_workers(genomes: list[Geno
     pool = RecordingPool()
     scores: list[Score] = score(pool, Request(tuple(genomes)), workers=workers, note="x")
     assert [measured["kl"]["mean"] for measured in scores] == [sum(genome) for genome in genomes]
-    asked = [genome for request in pool.asked[0] for genome in request.genomes]
-    assert asked == sorted(set(genomes)), "neighbours stay together, and none is scored twice"
-    sizes = [len(request.genomes) for request in pool.asked[0]]
-    assert len(sizes) <= workers
-    assert not sizes or max(sizes) - min(sizes) <= 1
+    asked = [request.genomes for request in pool.asked]
+    assert asked == [(genome,) for genome in sorted(set(genomes))], (
+        "neighbours meet, and none is scored twice"
+    )
+    assert pool.calls == workers
 
 
 def test_the_parts_of_a_request_measure_the_same() -> None:
     pool = RecordingPool()
     request = Request(((0,), (1,), (2,)), ("kl", "nll"), tokens=64, draw=7, sequences=True)
     score(pool, request, workers=2)
-    assert [replace(part, genomes=()) for part in pool.asked[0]] == [replace(request, genomes=())] * 2
+    assert [replace(part, genomes=()) for part in pool.asked] == [replace(request, genomes=())] * 3
 
 
 def test_a_request_has_one_key_in_every_process_and_another_when_anything_differs() -> None:

@@ -100,6 +100,28 @@ def test_a_replica_loads_once_and_keeps_what_it_loaded(executor: RawExecutor, tm
         assert len(list(tmp_path.iterdir())) <= executor.workers
 
 
+def load_squares() -> Callable[[tuple[int, ...]], list[int]]:
+    return lambda numbers: [square(number) for number in numbers]
+
+
+def load_refusals() -> Callable[[tuple[int, ...]], list[int]]:
+    return lambda numbers: [refuse(number) for number in numbers]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5, 20])
+def test_parts_are_answered_in_their_order_however_they_are_gathered(executor: RawExecutor, calls: int) -> None:
+    keys = [f"part {number}" for number in range(12)]
+    with executor.replicas(load_squares) as replicas:
+        assert replicas.map_together(range(12), keys=keys, calls=calls) == [n * n for n in range(12)]
+        assert replicas.map_together([], keys=[], calls=calls) == []
+
+
+def test_the_parts_that_were_worked_on_are_named(executor: RawExecutor) -> None:
+    with executor.replicas(load_refusals) as replicas, pytest.raises(InfeasibleBudget) as caught:
+        replicas.map_together([1, 2, 3], keys=["first", "second", "third"], calls=1)
+    assert caught.value.__notes__ == ["while working on first and 2 more"]
+
+
 def test_what_a_replica_raises_keeps_its_type_and_replaces_the_replica(executor: RawExecutor, tmp_path: Path) -> None:
     with executor.replicas(partial(load_refuse, tmp_path)) as replicas:
         with pytest.raises(InfeasibleBudget) as caught:

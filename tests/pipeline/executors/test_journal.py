@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -205,6 +205,30 @@ def test_replicas_answer_from_the_journal_too(tmp_path: Path) -> None:
             assert replicas.map([5]) == [5]
         assert (journal.items_total, journal.items_cached) == (5, 1 if attempt == 0 else 4)
     assert len(list(calls.iterdir())) == 4 + 1
+
+
+class Sums:
+    """Answers several numbers at once with what each makes with the first of them, and remembers what it was given."""
+
+    given: ClassVar[list[tuple[int, ...]]] = []
+
+    def __call__(self, numbers: tuple[int, ...]) -> list[int]:
+        Sums.given.append(numbers)
+        return [10 * number for number in numbers]
+
+
+def test_answers_that_were_worked_out_together_are_found_however_many_calls_there_are_then(tmp_path: Path) -> None:
+    Sums.given.clear()
+    keys = ["a", "b", "c", "d", "e"]
+    journal, _ = open_journal(tmp_path)
+    with journal.replicas(Sums) as replicas:
+        assert replicas.map_together([1, 2, 3], keys=keys[:3], calls=2) == [10, 20, 30]
+    journal, _ = open_journal(tmp_path)
+    with journal.replicas(Sums) as replicas:
+        assert replicas.map_together([1, 2, 3, 4, 5], keys=keys, calls=1) == [10, 20, 30, 40, 50]
+        assert replicas.map_together([5, 1], keys=["e", "a"], calls=7) == [50, 10]
+    assert Sums.given == [(1,), (2, 3), (4, 5)]
+    assert (journal.items_total, journal.items_cached) == (7, 5)
 
 
 def test_two_sets_of_replicas_do_not_share_a_key(tmp_path: Path) -> None:
