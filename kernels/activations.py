@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +17,9 @@ ALIGNMENT = 16
 """Bytes; kernels are compiled for pointers that are multiples of it, which what torch allocates always is."""
 
 DTYPES = (torch.float16, torch.bfloat16)
+
+Others = ParamSpec("Others")
+"""What a launcher takes beside the activations."""
 
 
 def ready(x: Tensor, packed: Packed) -> Tensor:
@@ -50,7 +57,25 @@ def ready(x: Tensor, packed: Packed) -> Tensor:
         if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
             raise UsageError(
                 f"{packed.label}: its {name} is not contiguous, or not aligned to {ALIGNMENT} bytes",
-                hint="pack the weight anew, or copy that tensor with .clone()",
+                hint="pack the weight anew, or copy that tensor with .clone(memory_format=torch.contiguous_format)",
             )
     x = x.contiguous()
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def on_its_device(
+    launcher: Callable[Concatenate[Tensor, Others], Tensor],
+) -> Callable[Concatenate[Tensor, Others], Tensor]:
+    """Make a launcher run with the device of x, its first argument, as the current one, where Triton launches.
+
+    Decoding calls it for every token, so a device that is current already is not entered again.
+    """
+
+    @wraps(launcher)
+    def launch(x: Tensor, /, *args: Others.args, **kwargs: Others.kwargs) -> Tensor:
+        if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+            return launcher(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return launcher(x, *args, **kwargs)
+
+    return launch

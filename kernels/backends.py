@@ -71,6 +71,7 @@ class Backend:
         refuses: why it cannot do this, None if it can. It sees only format, settings, shapes and dtypes.
         prepare: the function of the activations, for a weight that it does not refuse and that is on the device.
         exact: it computes x · denseᵀ up to the rounding of its dtype; False if it also rounds activations or scales.
+        for_rows: it is as fast as was measured only with the number of rows that it was prepared for.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Backend:
     refuses: Callable[[Packed, Work], str | None]
     prepare: Callable[[Packed, Work], Matmul]
     exact: bool = True
+    for_rows: bool = False
 
 
 def find_backend(name: str) -> Backend:

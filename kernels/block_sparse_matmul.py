@@ -18,11 +18,12 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import planar
-from layerwise.kernels.activations import ready
+from layerwise.kernels.activations import on_its_device, ready
 from layerwise.kernels.block_sparse import BlockSparse
 from layerwise.kernels.configs import config_for
 from layerwise.kernels.dequantize import unit
 from layerwise.kernels.quantized_matmul import add_block, capability
+from layerwise.kernels.quantized_matmul import refuses as quantized_refuses
 from layerwise.kernels.split_k import finish, workspace
 
 MAX_M = 64
@@ -112,6 +113,7 @@ def block_sparse_kernel(
     finish(acc, at, exists, y_ptr, partial_ptr, counter, split, m * n, SPLITS)
 
 
+@on_its_device
 def block_sparse_matmul(x: Tensor, packed: BlockSparse) -> Tensor:
     """Multiply by a block-sparse quantized weight.
 
@@ -121,7 +123,7 @@ def block_sparse_matmul(x: Tensor, packed: BlockSparse) -> Tensor:
     Returns:
         (m, n), dtype of x.
     Raises:
-        UsageError: more rows, or a shape, dtype or device that does not fit.
+        UsageError: more rows, groups that the kernel cannot take, or a shape, dtype or device that does not fit.
     """
     x = ready(x, packed)
     reason = refuses(packed, len(x))
@@ -165,7 +167,7 @@ def block_sparse_matmul(x: Tensor, packed: BlockSparse) -> Tensor:
         SPLITS=splits,
         EVEN_K=k % columns == 0,
         USE_ASM=x.device.type == "cuda",
-        num_warps=8 if config.rows == 64 else config.num_warps,  # with the list of blocks, 4 spill
+        num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return y
@@ -175,4 +177,4 @@ def refuses(packed: BlockSparse, m: int) -> str | None:
     """Why the kernel cannot take m rows of activations with this weight, None if it can."""
     if m > MAX_M:
         return f"the block-sparse kernel takes at most {MAX_M} rows of activations, not {m}"
-    return None
+    return quantized_refuses(packed.blocks)

@@ -90,8 +90,8 @@ def _onednn(packed: Packed, work: Work) -> Matmul:
 
 LINEAR = Backend("linear", "cpu", _float_only, _linear)
 MATMUL = Backend("matmul", "cpu", _float_only, _matmul)
-MKL = Backend("mkl", "cpu", _mkl_refuses, _mkl)
-ONEDNN = Backend("onednn", "cpu", _onednn_refuses, _onednn)
+MKL = Backend("mkl", "cpu", _mkl_refuses, _mkl, for_rows=True)
+ONEDNN = Backend("onednn", "cpu", _onednn_refuses, _onednn, for_rows=True)
 
 
 # --- quantized weights ---
@@ -281,5 +281,7 @@ def _factors_on_base(packed: Packed, work: Work) -> Matmul:
 
 
 CSR = Backend("csr", "cpu", _csr_refuses, _csr)
-FACTORS = Backend("factors", "cpu", _factors_refuse, _factors)
-FACTORS_ON_BASE = Backend("factors_on_base", "cpu", _factors_on_base_refuse, _factors_on_base, exact=False)
+FACTORS = Backend("factors", "cpu", _factors_refuse, _factors, for_rows=True)
+FACTORS_ON_BASE = Backend(
+    "factors_on_base", "cpu", _factors_on_base_refuse, _factors_on_base, exact=False, for_rows=True
+)

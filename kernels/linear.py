@@ -5,6 +5,10 @@ The packed tensors are buffers, so the layer saves, loads and moves as any modul
 runs is asked of a function of the weight and the work, as a rule a `Dispatcher` over a measured table. It is asked once
 for each number of rows.
 
+A backend's function may hold a copy of the weight, so there is one for each backend, and of a backend that is prepared
+for a number of rows one for each of the last few such numbers. Beyond those it is prepared anew: a call takes longer,
+but a layer runs what its table measured.
+
 Left out: gradients, for the weights of a kernel are codes; and loading by class name alone, for a packed weight is
 rebuilt from its settings, which stand beside the tensors (`layerwise.stages.packed_model`).
 """
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import UsageError
-from layerwise.kernels.backends import Matmul, Work, prepare
+from layerwise.kernels.backends import Matmul, Work, find_backend, prepare
 from layerwise.kernels.packed import Packed, rebuild
 
 Choose = Callable[[Packed, Work], str]
@@ -26,6 +30,16 @@ Choose = Callable[[Packed, Work], str]
 
 DENSE_BACKENDS = {"cpu": "linear", "cuda": "cublas"}
 """By kind of device: the backend that takes every weight, by its dense form."""
+
+MAX_CHOICES = 256
+"""Numbers of rows for which the choice of a backend is kept."""
+
+MAX_FOR_ROWS = 2
+"""Functions that are kept of backends that are prepared for a number of rows, say that of a prompt and that of the
+tokens after it. Each holds the weight, and once more as it was packed."""
+
+_Function = tuple[str, int | None, torch.dtype, torch.device]
+"""What tells prepared functions apart: backend, rows if it is prepared for them, and where."""
 
 _PART = "__"
 """Between the name of a part and that of its tensor (`base__words`): a buffer's name may hold no dot."""
@@ -42,8 +56,8 @@ class PackedLinear(nn.Module):
 
     bias: nn.Parameter | None
     _packed: Packed | None
-    _chosen: dict[tuple[int, torch.dtype, torch.device], Matmul]
-    _functions: dict[tuple[str, torch.dtype, torch.device], Matmul]
+    _chosen: dict[tuple[int, torch.dtype, torch.device], _Function]
+    _functions: dict[_Function, Matmul]
 
     def __init__(self, packed: Packed, bias: Tensor | None = None, choose: Choose | None = None) -> None:
         super().__init__()
@@ -73,21 +87,26 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _matmul(self, rows: Tensor) -> Matmul:
-        key = rows.shape[0], rows.dtype, rows.device
-        if key not in self._chosen:
-            work = Work(*key)
-            self._chosen[key] = self._prepared(self.choose(self.packed, work), work)
-        return self._chosen[key]
+        asked = rows.shape[0], rows.dtype, rows.device
+        key = self._chosen.get(asked)
+        if key is None:
+            work = Work(*asked)
+            backend = self.choose(self.packed, work)
+            key = backend, work.m if find_backend(backend).for_rows else None, work.dtype, work.device
+            if len(self._chosen) >= MAX_CHOICES:
+                del self._chosen[next(iter(self._chosen))]
+            self._chosen[asked] = key
+        function = self._functions.get(key)
+        return self._prepared(key, Work(*asked)) if function is None else function
 
-    def _prepared(self, backend: str, work: Work) -> Matmul:
-        """One function per backend and dtype, because each may hold a copy of the weight.
-
-        It is prepared for the number of rows that it first meets, which MKL takes into account; it takes any other.
-        """
-        key = backend, work.dtype, work.device
-        if key not in self._functions:
-            self._functions[key] = prepare(backend, self.packed, work)
-        return self._functions[key]
+    def _prepared(self, key: _Function, work: Work) -> Matmul:
+        """Prepare a backend, and drop the oldest of those that were prepared for other numbers of rows."""
+        if key[1] is not None:
+            for_rows = [known for known in self._functions if known[1] is not None]
+            for oldest in for_rows[: max(0, len(for_rows) + 1 - MAX_FOR_ROWS)]:
+                del self._functions[oldest]
+        function = self._functions[key] = prepare(key[0], self.packed, work)
+        return function
 
     def _forget(self) -> None:
         """Drop all that was made from the buffers."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import planar
-from layerwise.kernels.activations import ready
+from layerwise.kernels.activations import on_its_device, ready
 from layerwise.kernels.block_sparse import BlockSparse
 from layerwise.kernels.block_sparse_matmul import block_sparse_matmul
 from layerwise.kernels.block_sparse_matmul import refuses as block_sparse_matmul_refuses
@@ -102,12 +102,13 @@ def project(
 @triton.jit
 def is_there(signal_ptr: tl.tensor, PROJECTIONS: tl.constexpr, PATIENCE: tl.constexpr) -> tl.tensor:
     """Wait for all of t, but not for ever; True if it is there and can be read."""
-    there = tl.atomic_add(signal_ptr, 0, sem="acq_rel")
+    there = tl.atomic_add(signal_ptr, 0, sem="relaxed")
     looks = 0
     while (there < PROJECTIONS) & (looks < PATIENCE):
-        there = tl.atomic_add(signal_ptr, 0, sem="acq_rel")
+        there = tl.atomic_add(signal_ptr, 0, sem="relaxed")
         looks += 1
-    return there >= PROJECTIONS
+    # Each acquiring look would empty the L1 cache of the multiprocessor, where others still work; one is enough.
+    return tl.atomic_add(signal_ptr, 0, sem="acquire") >= PROJECTIONS
 
 
 @triton.jit
@@ -134,8 +135,9 @@ def add_product(
         t = tl.zeros((BM, BR), tl.float32)
         for stretch in tl.static_range(STRETCHES):
             t_at = (stretch * m + row[:, None]) * rank + place[None, :]
-            # Past the L1 cache, which other programs' stores do not reach.
-            t += tl.load(t_ptr + t_at, mask=inside & known, other=0.0, cache_modifier=".cg")
+            # These are pipelined, as copies through the L1 cache (`cp.async.ca`: few bytes have no other way); it holds
+            # nothing stale, because acquiring the signal has emptied it.
+            t += tl.load(t_ptr + t_at, mask=inside & known, other=0.0)
         # Two TensorFloat products: b has no more digits than that, and t is cut in two.
         upper_t = (t.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
         acc = tl.dot(upper_t, b, acc, input_precision="tf32")
@@ -250,6 +252,7 @@ def low_rank_kernel(
             leave(signal_ptr, PROJECTIONS + tiles)
 
 
+@on_its_device
 def low_rank_matmul(x: Tensor, packed: LowRank) -> Tensor:
     """Multiply by a weight with a low-rank addition.
 

@@ -29,6 +29,15 @@ DENSE_BACKENDS = {"cpu": ("linear", "matmul", "mkl", "onednn"), "cuda": ("cublas
 CSR_BYTES = 8
 """Of a nonzero in compressed rows: a float32 and an index."""
 
+FP8_SCALE_BYTES = 4
+"""Of the one scale of a row of 8-bit floats, each of a byte."""
+
+Admit = Callable[[str, Backend], bool]
+"""Whether a backend takes part with a label."""
+
+Lost = Callable[[str, Exception], None]
+"""Told of an entry of a race (`label by backend`) that failed, and why."""
+
 Timer = Callable[[Mapping[str, Sequence[Call]], Sampling], dict[str, Timing]]
 """Times calls side by side: `time_cpu`, `time_cuda`."""
 
@@ -115,19 +124,44 @@ def table_of(here: Device, rows: Sequence[Row], sampling: Sampling) -> LatencyTa
     return LatencyTable(here, tuple(rows), {"clock": clock, **asdict(sampling)})
 
 
-def run_race(race: Race, sampling: Sampling, timer: Timer | None = None) -> list[Row]:
-    """Time all that can run in a race; a label that nothing takes gets the best dense time as `no_kernel`."""
-    (rows,) = run_together([race], sampling, timer)
+def run_race(
+    race: Race,
+    sampling: Sampling,
+    timer: Timer | None = None,
+    *,
+    admit: Admit | None = None,
+    lost: Lost | None = None,
+) -> list[Row]:
+    """Time all that can run in a race; a label that nothing takes gets the best dense time as `no_kernel`.
+
+    Args:
+        race: on one device.
+        sampling: how much.
+        timer: as in `run_together`. If it leaves an entry out, there is no row of it.
+        admit: which backends take part; all if left out.
+        lost: told of a backend that cannot be prepared, which is then left out; if there is no `lost`, its error is
+            raised.
+    """
+    (rows,) = run_together([race], sampling, timer, admit=admit, lost=lost)
     return rows
 
 
-def run_together(races: Sequence[Race], sampling: Sampling, timer: Timer | None = None) -> list[list[Row]]:
+def run_together(
+    races: Sequence[Race],
+    sampling: Sampling,
+    timer: Timer | None = None,
+    *,
+    admit: Admit | None = None,
+    lost: Lost | None = None,
+) -> list[list[Row]]:
     """Time several races as one, so that products of different shapes can be compared: all their candidates take turns.
 
     Args:
         races: on one device.
         sampling: how much.
         timer: that of the device if left out.
+        admit: as in `run_race`.
+        lost: as in `run_race`.
     Returns:
         the rows of each race.
     """
@@ -137,16 +171,22 @@ def run_together(races: Sequence[Race], sampling: Sampling, timer: Timer | None 
         where = "" if len(races) == 1 else f" in {race.note}"
         found = ((f"{label}{where} by {backend.name}", (label, backend, w)) for label, backend, w in entrants(race))
         entries.append(dict(found))
-    calls = {
-        name: rotation(packed, backend, race.work, sampling)
-        for race, entry in zip(races, entries, strict=True)
-        for name, (_, backend, packed) in entry.items()
-    }
+    calls: dict[str, list[Call]] = {}
+    for race, entry in zip(races, entries, strict=True):
+        for name, (label, backend, packed) in entry.items():
+            if admit is None or admit(label, backend):
+                try:
+                    calls[name] = rotation(packed, backend, race.work, sampling)
+                except Exception as error:
+                    if lost is None:
+                        raise
+                    lost(name, error)
     timings = timer(calls, sampling)
     answers = []
     for race, entry in zip(races, entries, strict=True):
-        rows = [_row(timings[name], label, backend, w, race.work) for name, (label, backend, w) in entry.items()]
-        answers.append([*rows, *_without_kernel(race, rows)])
+        timed = {name: what for name, what in entry.items() if name in timings}
+        rows = [_row(timings[name], label, backend, w, race.work) for name, (label, backend, w) in timed.items()]
+        answers.append([*rows, *_without_kernel(race, rows, {label for label, _, _ in entry.values()})])
     return answers
 
 
@@ -180,6 +220,8 @@ def bytes_read(packed: Packed, backend: Backend) -> int:
     """Bytes of the weight that one product reads: as it is packed, unless the backend lays it out wider."""
     if backend.name == "csr":
         return CSR_BYTES * packed.tensors["values"].numel()
+    if backend.name == "fp8":
+        return packed.shape[0] * (packed.shape[1] + FP8_SCALE_BYTES)
     return packed.size_bytes
 
 
@@ -208,10 +250,12 @@ def _product(label: str, shape: tuple[int, int], work: Work) -> dict[str, Any]:
     return {"label": label, "n": shape[0], "k": shape[1], "m": work.m, "dtype": dtype}
 
 
-def _without_kernel(race: Race, rows: Sequence[Row]) -> Iterator[Row]:
+def _without_kernel(race: Race, rows: Sequence[Row], taken: set[str]) -> Iterator[Row]:
+    """Rows of the labels that no backend takes, whether or not one that takes them was measured."""
     dense = [row for row in rows if row.label == DENSE]
+    if not dense:
+        return
     best = min(dense, key=lambda row: (row.median_ms, row.backend))
-    labels = {row.label for row in rows}
     for packed in race.weights:
-        if packed.label not in labels:
+        if packed.label not in taken:
             yield replace(best, label=packed.label, status="no_kernel")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from layerwise.errors import UsageError
-from layerwise.kernels.activations import ready
+from layerwise.kernels.activations import on_its_device, ready
 from layerwise.kernels.n_m_sparse import NMSparse
 from layerwise.kernels.split_k import finish, workspace
 
@@ -149,6 +149,7 @@ def n_m_kernel(
     finish(acc, at, exists, y, parts, counters + tile if SPLITS > 1 else None, tl.program_id(1), m * n, SPLITS)
 
 
+@on_its_device
 def n_m_matmul(x: Tensor, packed: NMSparse) -> Tensor:
     """Multiply by a 2:4 sparse weight.
 
@@ -170,7 +171,9 @@ def n_m_matmul(x: Tensor, packed: NMSparse) -> Tensor:
     if m == 0:
         return y
     k_padded, n_padded = packed.k_padded, packed.masks.shape[1]
-    x4 = pad(x, (0, k_padded - k)).view(torch.int64) if k_padded > k else x.view(torch.int64)
+    padded = pad(x, (0, k_padded - k)) if k_padded > k else x
+    # Flat first: a single row may be contiguous and still have a stride that is no multiple of four.
+    x4 = padded.reshape(-1).view(torch.int64).view(m, -1)
     BM = 16 if m <= 16 else 32
     tiles_n, tiles_m = triton.cdiv(n, BN[BM]), triton.cdiv(m, BM)
     splits = max(1, min(k_padded // COLUMNS, triton.cdiv(PROGRAMS, tiles_n * tiles_m)))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import planar
-from layerwise.kernels.activations import ready
+from layerwise.kernels.activations import on_its_device, ready
 from layerwise.kernels.configs import Config, config_for
 from layerwise.kernels.dequantize import difference, offset, unit
 from layerwise.kernels.quantized import Quantized
@@ -239,6 +239,7 @@ def launch(packed: Quantized, m: int, config: Config | None = None) -> Launch:
         "num_stages": config.num_stages,
     }
 
+    @on_its_device
     def run(x: Tensor) -> Tensor:
         y = torch.empty((m, n), dtype=x.dtype, device=device)
         if m:

@@ -3,6 +3,10 @@
 Each program puts its sums into its slot of a float32 workspace and counts itself in at the counter of its tile; whoever
 comes last adds the slots up in their order. So the same input gives the same bits whatever the order of arrival,
 nothing is cleared beforehand, and the counter is zero again for the next launch.
+
+Launches on one stream share their counters. A CUDA graph keeps the counters of the stream that it was captured on, so
+of all graphs captured on one stream only one may run at a time, and nothing else on that stream meanwhile; graphs that
+are to run side by side are captured on streams of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +19,10 @@ from torch import Tensor
 LEAST_COUNTERS = 4096
 
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+"""By device and stream."""
+
+_OUTGROWN: list[Tensor] = []
+"""Counters that were too few for a later launch; a graph may still use them."""
 
 
 @triton.jit
@@ -92,9 +100,22 @@ def workspace(tiles: int, splits: int, size: int, device: torch.device) -> tuple
 
 
 def counters(count: int, device: torch.device) -> Tensor:
-    """Counters at zero. Kernels leave them so; hence all launches on a stream share them, and none clears them."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _COUNTERS.get((device, stream))
-    if found is None or len(found) < count:
-        found = _COUNTERS[device, stream] = torch.zeros(max(count, LEAST_COUNTERS), dtype=torch.int32, device=device)
-    return found
+    """Counters at zero. Kernels leave them so; hence all launches on a stream share them, and none clears them.
+
+    What is made while a graph is captured is cleared only when that graph runs: it belongs to that graph alone, which
+    clears it in every run. A launch on the same stream before the capture saves that.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    place = device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    found = _COUNTERS.get(place)
+    if found is not None and len(found) >= count:
+        return found
+    made = torch.zeros(max(count, LEAST_COUNTERS), dtype=torch.int32, device=device)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return made
+    if found is not None:
+        _OUTGROWN.append(found)
+    _COUNTERS[place] = made
+    return made

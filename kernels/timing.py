@@ -194,7 +194,10 @@ def time_cpu(
 
 
 def time_cuda(
-    candidates: Mapping[Key, Sequence[Call]], sampling: Sampling | None = None, recorder: Recorder | None = None
+    candidates: Mapping[Key, Sequence[Call]],
+    sampling: Sampling | None = None,
+    recorder: Recorder | None = None,
+    lost: Callable[[Key, Exception], None] | None = None,
 ) -> dict[Key, Timing]:
     """Time calls on a GPU, each candidate's as one CUDA graph.
 
@@ -202,6 +205,8 @@ def time_cuda(
         candidates: as in `time_cpu`.
         sampling: `samples` is raised to 30.
         recorder: CUDA graphs and events if left out.
+        lost: told of a candidate that cannot be recorded or replayed, which is then left out; if there is no `lost`,
+            its error is raised.
     Returns:
         GPU milliseconds per call, the gaps between calls included.
     Raises:
@@ -215,15 +220,21 @@ def time_cuda(
         recorder = GraphRecorder()
     with torch.inference_mode():
         rounds = {key: [*calls] * -(-GRAPH_CALLS // len(calls)) for key, calls in candidates.items()}
-        graphs = {key: (recorder.record(calls), len(calls)) for key, calls in rounds.items()}
-        measure = recorder.milliseconds
-
-        def sampler(replay: Call, n_calls: int) -> Callable[[], _Sample]:
-            measure(replay)  # the first replay uploads the graph
-            return lambda: _Sample(measure(replay) / n_calls)
-
-        samplers = {key: sampler(replay, n_calls) for key, (replay, n_calls) in graphs.items()}
+        samplers: dict[Key, Callable[[], _Sample]] = {}
+        for key, calls in rounds.items():
+            try:
+                samplers[key] = _recorded(recorder, calls)
+            except Exception as error:
+                if lost is None:
+                    raise
+                lost(key, error)
         return _quiet(samplers, sampling, max(sampling.samples, GRAPH_SAMPLES))
+
+
+def _recorded(recorder: Recorder, calls: Sequence[Call]) -> Callable[[], _Sample]:
+    replay, measure, n_calls = recorder.record(calls), recorder.milliseconds, len(calls)
+    measure(replay)  # the first replay uploads the graph
+    return lambda: _Sample(measure(replay) / n_calls)
 
 
 def time_eager(

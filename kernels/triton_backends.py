@@ -21,6 +21,9 @@ from layerwise.kernels.unstructured import Unstructured
 
 LEAST_CAPABILITY = (8, 0)
 
+MAX_LAUNCHES = 64
+"""Numbers of rows for which a weight keeps its launch; one more pushes out the oldest."""
+
 
 def _refuses_device(work: Work) -> str | None:
     """What no Triton kernel can do."""
@@ -59,7 +62,11 @@ def _prepare_quantized(packed: Packed, work: Work) -> Matmul:
         ):
             return known(x)
         x = ready(x, packed)
-        return launches.setdefault(len(x), launch(packed, len(x)))(x)
+        if known is None:
+            if len(launches) >= MAX_LAUNCHES:
+                del launches[next(iter(launches))]
+            known = launches[len(x)] = launch(packed, len(x))
+        return known(x)
 
     return multiply
 

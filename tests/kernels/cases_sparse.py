@@ -7,6 +7,7 @@ from typing import Any
 import triton.language as tl
 
 from layerwise.kernels.configs import config_for
+from layerwise.kernels.unstructured_matvec import ALONG
 
 HALF = {"fp16": tl.float16, "bf16": tl.bfloat16}
 
@@ -65,6 +66,7 @@ def unstructured(
             "RUN": 8,
             "ROWS": 4,
             "LENGTH": 512,
+            "ALONG": ALONG,
         },
         "options": {"num_warps": 4},
         "weights": 4 * 512,  # nonzeros
@@ -103,11 +105,19 @@ def quantized_arguments(bits: int, sym: bool, dtype: str) -> dict[str, Any]:
 
 
 def block_sparse(
-    bits: int, arch: int, m: int, budget: float, sym: bool = True, dtype: str = "fp16", slow: bool = False
+    bits: int,
+    arch: int,
+    m: int,
+    budget: float,
+    sym: bool = True,
+    dtype: str = "fp16",
+    rows: int = 64,
+    slow: bool = False,
 ) -> dict[str, Any]:
     config = config_for(arch, bits, 128, m)
+    columns = min(rows, config.columns)  # as the launcher cuts tiles
     return {
-        "name": f"block_sparse-{bits}-{'sym' if sym else 'asym'}-{dtype}-m{m}-sm{arch}",
+        "name": f"block_sparse-{bits}-{'sym' if sym else 'asym'}-{dtype}-m{m}-rows{rows}-sm{arch}",
         "kernel": "layerwise.kernels.block_sparse_matmul:block_sparse_kernel",
         "arch": arch,
         "arguments": quantized_arguments(bits, sym, dtype)
@@ -115,14 +125,15 @@ def block_sparse(
             "index_ptr": "*i32",
             "starts_ptr": "*i32",
             "m": m,
-            "stride": 128,
-            "ROWS": 128,
+            "stride": rows,
+            "ROWS": rows,
             "COLUMNS": 256,
             "BM": config.rows,
+            "BN": columns,
             "LEFT": config.left,
         },
-        "options": {"num_warps": 8 if m > 32 else config.num_warps, "num_stages": config.num_stages},
-        "weights": 128 * BLOCK[bits],
+        "options": {"num_warps": config.num_warps, "num_stages": config.num_stages},
+        "weights": columns * BLOCK[bits],
         "budget": budget,
         "opcodes": ["HMMA" if m <= 32 or arch < 90 else "HGMMA", "LDGSTS.E.BYPASS"],
         "slow": slow,
@@ -177,17 +188,18 @@ CASES = [
     unstructured("m1", 80, 1, 10.44),
     unstructured("m4", 90, 4, 21.5),
     unstructured("m3-bf16", 90, 3, 18, dtype="bf16", slow=True),
-    block_sparse(4, 90, 1, 2.35),
-    block_sparse(4, 80, 1, 2.45),
-    block_sparse(4, 90, 16, 2.44, sym=False, dtype="bf16"),
-    block_sparse(2, 90, 1, 2.0),
-    block_sparse(3, 90, 1, 2.81),
-    block_sparse(8, 90, 1, 2.54),
-    block_sparse(4, 90, 32, 2.77, slow=True),
-    block_sparse(4, 90, 64, 4.35),
-    block_sparse(4, 80, 64, 4.52, slow=True),
-    block_sparse(2, 90, 64, 3.52, slow=True),
-    block_sparse(3, 80, 64, 4.72, slow=True),
+    block_sparse(4, 90, 1, 2.35, rows=128),
+    block_sparse(4, 90, 1, 3.24),
+    block_sparse(4, 80, 1, 3.15),
+    block_sparse(4, 90, 16, 3.38, sym=False, dtype="bf16"),
+    block_sparse(2, 90, 1, 2.47),
+    block_sparse(3, 90, 1, 3.38),
+    block_sparse(8, 90, 1, 3.29),
+    block_sparse(4, 90, 32, 3.66, slow=True),
+    block_sparse(4, 90, 64, 4.19),
+    block_sparse(4, 80, 64, 4.72, slow=True),
+    block_sparse(2, 90, 64, 3.3, slow=True),
+    block_sparse(3, 80, 64, 4.77, slow=True),
     low_rank(4, 90, 1, 2.22),
     low_rank(4, 80, 1, 2.18),
     low_rank(4, 90, 16, 2.31, sym=False, dtype="bf16"),

@@ -118,6 +118,36 @@ def test_what_it_cannot_take_is_refused(device: torch.device) -> None:
     assert block_sparse_matmul(x[:0], packed).shape == (0, 64)
 
 
+@pytest.mark.parametrize(
+    ("bits", "group_size", "block"),
+    [(4, 16, (64, 128)), (8, 48, (64, 384)), (4, 96, (64, 384)), (4, 192, (64, 384)), (8, 16, (16, 64))],
+    ids=str,
+)
+def test_groups_that_do_not_fit_the_steps_of_the_kernel_are_refused(
+    device: torch.device, bits: int, group_size: int, block: tuple[int, int]
+) -> None:
+    packed = packed_weight(64, 768, bits, group_size, block).to(device)
+    with pytest.raises(UsageError, match=f"groups of {group_size} columns do not fit into blocks of"):
+        block_sparse_matmul(activations(1, 768).to(device), packed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_whatever_groups_are_not_refused_are_right(device: torch.device, relative_error: Error, bits: int) -> None:
+    """All that can be packed with blocks of so many columns."""
+    columns, accepted = 768, []
+    for group_size in (size for size in range(16, columns + 1, 16) if columns % size == 0):
+        try:
+            packed = packed_weight(16, columns, bits, group_size, (16, columns), 1.0, sym=False)
+        except UsageError:
+            continue
+        if module.refuses(packed, 2) is None:
+            accepted.append(group_size)
+            x = activations(2, columns)
+            y = block_sparse_matmul(x.to(device), packed.to(device))
+            assert relative_error(y.cpu(), x.double() @ packed.dense().double().T) <= BOUND, f"groups of {group_size}"
+    assert {64, 128, 256} <= set(accepted)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("m", [1, 16, 64])

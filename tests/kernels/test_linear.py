@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layerwise.errors import UsageError
-from layerwise.kernels.backends import Work
+from layerwise.kernels import linear
+from layerwise.kernels.backends import Work, prepare
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.linear import PackedLinear, replace_linears
 from layerwise.kernels.packed import Packed
@@ -69,6 +70,32 @@ def test_the_backend_is_asked_once_for_each_number_of_rows_and_prepared_once() -
         layer(inputs(rows, 40))
     assert asked == [1, 2, 4, 5]
     assert len(layer._functions) == 2
+
+
+def test_a_backend_for_a_number_of_rows_is_prepared_for_each_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+
+    def watched(name: str, packed: Packed, work: Work) -> Callable[[Tensor], Tensor]:
+        prepared.append(work.m)
+        return prepare(name, packed, work)
+
+    monkeypatch.setattr(linear, "prepare", watched)
+    packed = quantized(24, 40)
+    layer = PackedLinear(packed, choose=lambda packed, work: "onednn" if work.m < 9 else "linear")
+    for rows in (9, 1, 2, 1, 3, 4, 2, 5, 10, 5, 1):
+        x = inputs(rows, 40)
+        assert torch.allclose(layer(x), x @ packed.dense().T, atol=1e-5)
+    assert prepared == [9, 1, 2, 3, 4, 2, 5, 1]
+    assert [key[:2] for key in layer._functions] == [("linear", None), *(("onednn", rows) for rows in (5, 1))]
+
+
+def test_choices_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MAX_CHOICES", 3)
+    layer = PackedLinear(quantized(24, 40))
+    for rows in range(1, 10):
+        layer(inputs(rows, 40))
+    assert [rows for rows, _, _ in layer._chosen] == [7, 8, 9]
+    assert len(layer._functions) == 1
 
 
 def test_a_backend_that_cannot_take_the_weight_says_so() -> None:

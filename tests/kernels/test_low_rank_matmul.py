@@ -79,7 +79,7 @@ def test_the_fused_kernel_multiplies_by_both(
         y = low_rank_matmul(guard.around(x.to(device)), guard.around(packed.to(device)))
     assert y.shape == (m, n)
     assert relative_error(y.cpu(), exact(x, packed)) <= BOUND
-    assert not counters(1, device).any()
+    assert not counters(1, y.device).any()
 
 
 def test_large_projections_lose_no_digits(device: torch.device, relative_error: Error) -> None:
@@ -106,8 +106,9 @@ def test_splits_and_single_programs_agree(
     assert relative_error(y.cpu(), exact(x, packed)) <= BOUND
 
 
+@pytest.mark.parametrize("patience", [0, 3])
 def test_whoever_waits_too_long_computes_the_projections_itself(
-    guard: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    guard: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch, patience: int
 ) -> None:
     """Programs run from the last to the first, so nothing of t is there when the tiles of y want it."""
     if device.type == "cuda":
@@ -123,12 +124,26 @@ def test_whoever_waits_too_long_computes_the_projections_itself(
         number(seen[-1], *others)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", from_the_last)
-    monkeypatch.setattr(module, "PATIENCE", 3)
+    monkeypatch.setattr(module, "PATIENCE", patience)
     with guard:
         assert torch.equal(low_rank_matmul(x, packed), y)
     assert seen == sorted(seen, reverse=True)
     assert len(seen) > 3
     assert not counters(1, device).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16])
+def test_programs_without_patience_agree_on_a_gpu(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, m: int
+) -> None:
+    packed = low_rank(quantized(4096, 4096), (4096, 4096), 64).to(device)
+    x = activations(m, 4096).to(device)
+    y = low_rank_matmul(x, packed)
+    monkeypatch.setattr(module, "PATIENCE", 0)
+    for _ in range(100):
+        assert torch.equal(low_rank_matmul(x, packed), y)
+    assert not counters(1, x.device).any()
 
 
 def test_the_same_input_gives_the_same_bits(device: torch.device) -> None:

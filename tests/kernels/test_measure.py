@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import pytest
 import torch
 
 from layerwise.errors import NoisyMeasurement, UsageError
-from layerwise.kernels.backends import Work, able, find_backend
+from layerwise.kernels.backends import Work, able, find_backend, prepare
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.device import this_device
 from layerwise.kernels.dispatch import Dispatcher
 from layerwise.kernels.latency_table import Row
-from layerwise.kernels.measure import DENSE_BACKENDS, measure, races, rotation, run_race, run_together
+from layerwise.kernels.measure import (
+    DENSE_BACKENDS,
+    bytes_read,
+    measure,
+    races,
+    rotation,
+    run_race,
+    run_together,
+)
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
 from layerwise.kernels.timing import Call, Sampling, Timing
@@ -95,6 +103,37 @@ def test_races_of_several_shapes_can_take_turns_with_one_another() -> None:
     assert len(timer.asked) == 1
     assert len(timer.asked[0]) == len(large) + len(little) == 10
     assert ({row.n for row in large}, {row.n for row in little}) == ({32}, {16})
+
+
+def test_what_fails_or_is_not_admitted_is_left_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, packed: Packed, work: Work) -> Callable[[torch.Tensor], torch.Tensor]:
+        if name == "int4pack":
+            raise RuntimeError("not compiled")
+        return prepare(name, packed, work)
+
+    monkeypatch.setattr("layerwise.kernels.measure.prepare", broken)
+    weights: list[Packed] = [quantized(32, 64, 4, 32), quantized(32, 64, 8), quantized(32, 64, 2)]
+    (race,) = races(weights, [1], torch.float32, torch.device("cpu"))
+    told = list[tuple[str, str]]()
+    rows = run_race(
+        race,
+        SMALL,
+        ScriptedTimer(TIMES),
+        admit=lambda label, backend: backend.name != "mkl",
+        lost=lambda name, error: told.append((name, str(error))),
+    )
+    assert told == [("int4-g32-sym by int4pack", "not compiled")]
+    assert set(find(rows, "dense")) == {*ALWAYS} - {"mkl"}
+    assert find(rows, "int4-g32-sym") == {}, "it has a kernel, only not here"
+    assert find(rows, "int8-channel-sym") == {"int8_dynamic": (2.0, "measured")}
+    assert find(rows, "int2-channel-sym") == {"linear": (6.0, "no_kernel")}
+    with pytest.raises(RuntimeError, match="not compiled"):
+        run_race(race, SMALL, ScriptedTimer(TIMES))
+
+
+def test_eight_bit_floats_are_read_as_bytes() -> None:
+    packed = quantized(32, 64, 4)
+    assert bytes_read(packed, find_backend("fp8")) == 32 * 64 + 32 * 4
 
 
 def test_nothing_to_measure_is_refused() -> None:

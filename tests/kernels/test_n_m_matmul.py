@@ -45,6 +45,15 @@ def test_it_multiplies(guard: Any, device: torch.device, relative_error: Error, 
     assert relative_error(y.cpu(), x.double() @ weight.double().T) <= BOUND
 
 
+def test_a_row_of_a_wider_matrix_is_taken(device: torch.device, relative_error: Error) -> None:
+    """It is contiguous, yet its stride is no multiple of the four activations that are read at a time."""
+    weight, x = two_of_four(40, 256), activations(3, 259)[:1, :256]
+    assert x.is_contiguous()
+    assert x.stride(0) % 4
+    y = n_m_matmul(x.to(device).as_strided((1, 256), (259, 1)), NMSparse.pack(weight).to(device))
+    assert relative_error(y.cpu(), x.double() @ weight.double().T) <= BOUND
+
+
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_a_weight_of_zeros_and_one_with_every_place_taken(
     device: torch.device, relative_error: Error, fill: float

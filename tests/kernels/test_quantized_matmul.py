@@ -125,7 +125,7 @@ def test_programs_that_share_a_tile_give_the_same_bits_twice_and_leave_the_count
         again = quantized_matmul(guard.around(x), guard.around(packed), config=config)
     assert torch.equal(first, again)
     assert relative_error(first.cpu(), product(x, packed)) <= BOUND
-    assert not split_k.counters(2, device).any()
+    assert not split_k.counters(2, x.device).any()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -239,7 +239,7 @@ def test_it_multiplies_on_a_gpu(
     # bfloat16 is rounded to 8 bits, 8 times coarser.
     assert relative_error(y.cpu(), product(x, packed)) <= (BOUND if dtype == torch.float16 else 8 * BOUND)
     assert all(torch.equal(quantized_matmul(x, packed), y) for _ in range(20))
-    assert not split_k.counters(1, device).any()
+    assert not split_k.counters(1, x.device).any()
 
 
 def _cases() -> list[dict[str, Any]]:

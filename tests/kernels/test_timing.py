@@ -210,6 +210,19 @@ def test_the_first_replay_of_a_graph_does_not_count() -> None:
     assert time_cuda({"a": [lambda: None]}, Sampling(), recorder)["a"].p90_ms == 1.0
 
 
+def test_a_candidate_that_cannot_be_recorded_is_left_out_alone_if_somebody_is_told() -> None:
+    def broken() -> None:
+        raise RuntimeError("not compiled")
+
+    calls, told = {"a": [broken], "b": [lambda: None]}, list[tuple[str, str]]()
+    recorder = FakeRecorder(lambda calls: itertools.repeat(1.0 * len(calls)))
+    timings = time_cuda(calls, Sampling(), recorder, lost=lambda name, error: told.append((name, str(error))))
+    assert {name: timing.median_ms for name, timing in timings.items()} == {"b": 1.0}
+    assert told == [("a", "not compiled")]
+    with pytest.raises(RuntimeError, match="not compiled"):
+        time_cuda(calls, Sampling(), recorder)
+
+
 def test_a_gpus_times_that_scatter_are_refused_too() -> None:
     noise = itertools.cycle([1.0, 2.0, 2.0])
     recorder = FakeRecorder(lambda calls: noise)
@@ -234,3 +247,32 @@ def test_a_graph_computes_what_its_calls_do() -> None:
     x.fill_(1.0)
     assert recorder.milliseconds(replay) > 0
     torch.testing.assert_close(y, x @ W)
+
+
+@pytest.mark.gpu
+def test_a_graph_that_computes_something_else_is_refused() -> None:
+    from layerwise.errors import LayerwiseError
+    from layerwise.kernels.graphs import GraphRecorder
+
+    x = torch.ones(256, device="cuda")
+    with pytest.raises(LayerwiseError, match="gives another result than its calls"):
+        GraphRecorder().record([lambda: x.add_(1).clone()])
+
+
+@pytest.mark.gpu
+def test_graphs_of_one_recorder_agree_with_their_calls_whatever_ran_before() -> None:
+    from layerwise.kernels.graphs import GraphRecorder
+    from layerwise.kernels.quantized import Quantized
+    from layerwise.kernels.quantized_matmul import quantized_matmul
+
+    codes = torch.randint(0, 16, (256, 4096), dtype=torch.uint8)
+    packed = Quantized.pack(codes, torch.full((256, 32), 0.01).half(), bits=4, group_size=128).to("cuda")
+    x = torch.randn(1, 4096, device="cuda").half()
+    expected, recorder, found = quantized_matmul(x, packed), GraphRecorder(), list[torch.Tensor]()
+    y = torch.empty_like(expected)
+    replays = [recorder.record([lambda: y.copy_(quantized_matmul(x, packed))] * 3) for _ in range(2)]
+    for replay in (replays[1], replays[0], replays[1]):  # the later one first: nothing waits for the other's nodes
+        y.zero_()
+        replay()
+        found.append(y.clone())
+    assert all(torch.equal(result, expected) for result in found)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
+from layerwise.kernels import triton_backends
 from layerwise.kernels.backends import BACKENDS, Work, find_backend, prepare
 from layerwise.kernels.block_sparse import BlockSparse
 from layerwise.kernels.dense import Dense
@@ -16,6 +17,7 @@ from layerwise.kernels.low_rank import LowRank
 from layerwise.kernels.n_m_sparse import NMSparse
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
+from layerwise.kernels.quantized_matmul import Launch, launch
 from layerwise.kernels.unstructured import Unstructured
 
 OURS = [name for name in BACKENDS if name.startswith("triton_")]
@@ -54,6 +56,23 @@ def test_other_formats_are_refused_in_words(name: str) -> None:
 def test_a_processor_is_refused_in_words(name: str) -> None:
     with pytest.raises(UsageError, match="of 64 x 256: the Triton kernels need a CUDA device, not cpu"):
         prepare(name, weights()[name], Work(1, torch.float16, torch.device("cpu")))
+
+
+def test_launches_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def watched(packed: Quantized, m: int) -> Launch:
+        made.append(m)
+        return launch(packed, m)
+
+    monkeypatch.setattr(triton_backends, "launch", watched)
+    monkeypatch.setattr(triton_backends, "MAX_LAUNCHES", 2)
+    packed = weights()["triton_quantized"].to("cuda" if torch.cuda.is_available() else "cpu")
+    device = next(iter(packed.tensors.values())).device
+    multiply = triton_backends.QUANTIZED.prepare(packed, Work(1, torch.float16, device))
+    for m in (1, 2, 1, 3, 2, 1):
+        assert multiply(torch.ones(m, 256, device=device).half()).shape == (m, 64)
+    assert made == [1, 2, 3, 1]
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
+from layerwise.kernels import unstructured_matvec as module
 from layerwise.kernels.unstructured import Unstructured
 from layerwise.kernels.unstructured_matvec import unstructured_matvec
 
@@ -41,6 +42,17 @@ def test_it_multiplies(
         y = unstructured_matvec(guard.around(x.to(device)), guard.around(Unstructured.pack(weight).to(device)))
     assert y.shape == (m, n)
     assert y.dtype == torch.float16
+    assert relative_error(y.cpu(), x.double() @ weight.double().T) <= BOUND
+
+
+@pytest.mark.parametrize("along", [0, 1])
+def test_nonzeros_may_lie_along_either_axis(
+    guard: Any, device: torch.device, relative_error: Error, monkeypatch: pytest.MonkeyPatch, along: int
+) -> None:
+    monkeypatch.setattr(module, "ALONG", along)
+    weight, x = sparse(21, 1500, 0.4), activations(4, 1500)
+    with guard:
+        y = unstructured_matvec(guard.around(x.to(device)), guard.around(Unstructured.pack(weight).to(device)))
     assert relative_error(y.cpu(), x.double() @ weight.double().T) <= BOUND
 
 

@@ -383,7 +383,7 @@ def test_a_model_runs_by_the_table_that_was_measured(timed: Callable[[str], Any]
         model(input_ids=torch.zeros((2, 3), dtype=torch.int64))
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
-            ((backend, _, _),) = layer._functions
+            ((backend, *_),) = layer._functions
             assert backend == dispatcher.choose(layer.label, *layer.packed.shape, 6, "float32").backend
 
 
