@@ -84,6 +84,8 @@ class InfeasibleBudget(LayerwiseError):
     def __init__(self, resource: str, budget: float, reachable: float, message: str | None = None) -> None:
         self.resource, self.budget, self.reachable = resource, budget, reachable
         wanted, hint = f"budget {budget:.6g} {resource}", "raise the budget or add a smaller level to the menu"
+        if resource == "ms":
+            hint = "raise the budget or add a faster level to the menu"
         if resource == "loss":
             wanted, hint = f"max_loss {budget:.6g}", "raise max_loss or add a better level to the menu"
         super().__init__(

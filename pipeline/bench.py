@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import NoisyMeasurement, UsageError
+from layerwise.results.destination import check_destination, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,11 +84,22 @@ class Bench:
             raise UsageError(f"unknown dtype '{self.dtype}' (known: {', '.join(KNOWN_DTYPES)})")
         for wrong in [bits for bits in self.bits if bits not in BITS]:
             raise UsageError(f"no kernel takes weights of {wrong} bits (known: {', '.join(map(str, BITS))})")
-        if min((1, *self.rows, *(size for shape in self.shapes for size in shape))) < 1:
-            raise UsageError("shapes and rows must be at least 1")
+        for wrong in [rows for rows in self.rows if rows < 1]:
+            raise UsageError(f"{wrong} rows of activations: there must be at least 1")
+        for n, k in [shape for shape in self.shapes if min(shape) < 1]:
+            raise UsageError(f"no weight has the shape {n}x{k}", hint="both of its sizes must be at least 1")
         for wrong in [size for size in self.group_sizes if size != -1 and size < 1]:
             raise UsageError(f"no group has {wrong} columns", hint="give a number from 1 up, or -1 for the whole row")
         self.sampling = self.sampling or Sampling()
+
+    def notes(self) -> list[str]:
+        """What was asked for and has no line of its own: groups as wide as the weight are the whole row."""
+        return [
+            f"group size {size} is no less than the {k} columns of {n}x{k}: measured as the whole row (-1)"
+            for n, k in dict.fromkeys(self.shapes)
+            for size in dict.fromkeys(self.group_sizes)
+            if self.bits and size >= k
+        ]
 
     def run(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Measure, shape by shape; what is done stands in `measured` at any time.
@@ -123,8 +135,13 @@ class Bench:
         return table_of(self.here, self.measured, self.sampling)
 
     def save(self, path: Path) -> None:
-        """Write the table of times for a `Dispatcher`, as JSON."""
-        self.table.save(path)
+        """Write the table of times for a `Dispatcher`, as JSON.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        with writing(path):
+            self.table.save(path)
 
     def frame(self) -> pd.DataFrame:
         """The table to print: one line per kernel, level, shape and number of rows, the dense products first."""
@@ -168,6 +185,17 @@ class Bench:
                 "dtype": row.dtype,
                 "device": self.here.name,
             }
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file for the table of times that cannot be written, or whose name promises something else than JSON.
+
+    Raises:
+        UsageError: says why.
+    """
+    if path.suffix.lower() == ".csv":
+        raise UsageError(f"--output {path}: the table of times is saved as JSON", hint=f"--format csv > {path}")
+    check_destination(path)
 
 
 def random_weights(shape: tuple[int, int], bits: Sequence[int], group_sizes: Sequence[int]) -> list[Packed]:

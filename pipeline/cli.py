@@ -134,8 +134,14 @@ def submit(
     from layerwise.pipeline.display import open_display
     from layerwise.pipeline.run import Run
     from layerwise.pipeline.submit import Options, check_usage
+    from layerwise.results.destination import check_destination
 
-    check_usage(address, kuberay, {"-o": output, "--image": image, "--workers": workers, "--deadline": deadline})
+    pods = {"-o": output, "--image": image, "--workers": workers, "--deadline": deadline}
+    there = {"--wait": wait, "--require-auth": require_auth, "--allow-insecure-http": in_clear}
+    shipping = {} if ship is None else {"--ship" if ship else "--no-ship": True}
+    check_usage(address, kuberay, pods, {**there, **shipping, "--pass-env": tuple(pass_env or ())})
+    if output is not None:
+        check_destination(output)
     plain = "" if address is None else plain_address(address)
     options = Options(plain, ship is not False, require_auth, tuple(pass_env or ()), in_clear, tuple(sys.argv))
     prepared = Run(_load(workflow, param, set_, profile), results.absolute(), open_display())
@@ -390,7 +396,10 @@ def bench(
         float, typer.Option(min=0.001, help="(median - minimum) / minimum above which times are refused")
     ] = 0.1,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="also save the table of times, as JSON")
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="also save the table of times, as JSON whatever --format says"
+        ),
     ] = None,
     format_: FormatOption = "table",
 ) -> None:
@@ -400,6 +409,8 @@ def bench(
     from layerwise.pipeline import bench as benchmark
     from layerwise.pipeline.display import Pace, left
 
+    if output is not None:
+        benchmark.check_output(output)
     pace = Pace()
 
     def tell(done: int, total: int, note: str) -> None:
@@ -415,6 +426,8 @@ def bench(
         dtype=dtype,
         sampling=Sampling(window_ms, samples, max_spread=max_spread),
     )
+    for note in task.notes():
+        print(f"note: {note}", file=sys.stderr)
     noisy: NoisyMeasurement | None = None
     stopped = False
     try:
@@ -424,7 +437,11 @@ def bench(
     except KeyboardInterrupt:
         stopped = True
         print(f"\nstopped after {len(task.measured)} times; they follow", file=sys.stderr)
-    _print_table(task.frame(), format_)
+    frame = task.frame()
+    if format_ in TO_READ:
+        print(f"device: {task.here.name}\n")
+        frame = frame.drop(columns="device")
+    _print_table(frame, format_)
     if output is not None:
         task.save(output)
         print(f"wrote {output}", file=sys.stderr)

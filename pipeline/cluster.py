@@ -121,7 +121,11 @@ def stays_here(url: str) -> bool:
 
 
 def unreachable(address: str, error: Exception) -> ClusterError:
-    """What to say when nobody answers there."""
+    """What to say when nobody answers there, or something that speaks no HTTP: its bytes are not for a terminal."""
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError | http.client.IncompleteRead):
+        return ClusterError(
+            f"{address} answers, but not in HTTP", "is it the GCS port (6379) instead of the dashboard's (8265)?"
+        )
     reason = getattr(error, "reason", None) or error
     return ClusterError(
         f"{address} cannot be reached: {str(reason) or type(error).__name__}",

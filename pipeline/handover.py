@@ -12,6 +12,7 @@ from layerwise.pipeline.lifecycle import follow_log, resume_command
 from layerwise.pipeline.run import Run
 from layerwise.pipeline.status import RunState, attempt_status, run_state
 from layerwise.pipeline.submit import Options, await_start, is_finished, submit
+from layerwise.results.runs import latest_stages
 from layerwise.results.store import Store
 
 ENDS = {"ok": 0, "failed": 1, "stopped": 3, "interrupted": 3}
@@ -69,6 +70,8 @@ def print_log_to_its_end(store: Store, run: str, number: int, stage: str | None 
     ended = attempt_status(store, run, number)
     if ended != "ok":
         _tell(f"run {run}: {ended}; to go on: {resume_command(store, run)}")
+    elif any(row["uses"] == "allocate" for row in latest_stages(store, run).values()):
+        _tell(shlex.join(["layerwise", "frontier", run, "--results", str(store.root)]))
     return ENDS[ended]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from layerwise.pipeline.doctor.versions import installed_version
 from layerwise.pipeline.run import Run
 from layerwise.pipeline.shipping import named_paths
 from layerwise.pipeline.submit import JOB_ENVIRONMENT
+from layerwise.results.destination import writing
 
 DEFAULT_IMAGE, CLAIM = f"your-registry/layerwise:{__version__}", "layerwise"
 _LONGEST_NAME = 47
@@ -104,13 +106,22 @@ def manifest(run: Run, pods: Pods) -> str:
 
 
 def write_manifest(run: Run, pods: Pods, output: Path | None) -> None:
-    """Keep the run in its folder, and print its manifest, or write it into a file."""
+    """Keep the run in its folder, where its pods find it, and print its manifest, or write it into a file.
+
+    Raises:
+        UsageError: the file cannot be written, and then no run is kept; or as `manifest`.
+    """
     text = manifest(run, pods)
+    if output is not None:
+        with writing(output):
+            output.write_text(text, encoding="utf-8")
     run.keep_workflow()
+    if pods.image == DEFAULT_IMAGE:
+        print(f"warning: the image {DEFAULT_IMAGE} is a placeholder: edit it, or say --image", file=sys.stderr)
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text, encoding="utf-8")
+        print(f"wrote {output}; {shlex.join(['kubectl', 'apply', '-f', str(output)])}", file=sys.stderr)
 
 
 def _pod(container: str, pods: Pods, mounts: Sequence[dict[str, str]]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def resume_command(store: Store, run: str) -> str:
 
 
 def stop(store: Store, run: str, timeout: float) -> RunState:
-    """End a run in good order, as Ctrl-C in its window would; what is finished is kept.
+    """End a run in good order, as Ctrl-C in its window would; what is finished is kept. One that is stopped stays so.
 
     Args:
         store: where the run is.
@@ -56,11 +56,13 @@ def stop(store: Store, run: str, timeout: float) -> RunState:
     Returns:
         How it stands at the end; `ok` or `failed` if it was faster.
     Raises:
-        UsageError: it is not at work, or its process is out of reach.
+        UsageError: it has ended otherwise or never begun, or its process is out of reach.
         ClusterError: the cluster that it was submitted to cannot be reached.
         LayerwiseError: it is still at work after that time.
     """
     state = run_state(store, run)
+    if state.status == "stopped":
+        return state
     if state.submission is not None and state.live:
         return _stop_job(store, state, state.submission, timeout)
     process = _running(store, state)
@@ -104,8 +106,6 @@ def _running(store: Store, state: RunState) -> Process:
     if state.status in ("ok", "failed"):
         hint = None if state.status == "ok" else f"to run it again: {again}"
         raise UsageError(f"run {state.run} is already finished ({state.status})", hint=hint)
-    if state.status == "stopped":
-        raise UsageError(f"run {state.run} is already stopped", hint=f"to go on: {again}")
     if state.status in ("interrupted", "not started"):
         why = "its process is gone" if state.attempt is not None else state.remark or "it has not been started"
         raise UsageError(f"run {state.run} is not at work: {why}", hint=f"to go on: {again}")

@@ -10,6 +10,7 @@ This process is the only writer of tables. It loads neither torch nor Ray unless
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 from layerwise.errors import CorruptArtifact, LayerwiseError, StoreError
 from layerwise.pipeline.account import Account
-from layerwise.pipeline.artifacts import Artifact, ArtifactStore, digest_of, locked
+from layerwise.pipeline.artifacts import Artifact, ArtifactStore, canonical, digest_of, locked
 from layerwise.pipeline.attempt import begin_attempt
 from layerwise.pipeline.display import Display
 from layerwise.pipeline.executors import RawExecutor, open_executor
@@ -153,7 +154,7 @@ class Run:
             with suppress(CorruptArtifact):
                 previous = self.artifacts.find(key) if key else None
                 if previous is not None:
-                    return "changed: " + ", ".join(_differences(previous.material, plan.material))
+                    return "changed: " + ", ".join(_differences(previous.material, _as_json(plan.material)))
         return "not there yet"
 
     # --- running ---
@@ -348,6 +349,11 @@ def _lazily_opened(name: str, address: str | None) -> Iterator[Callable[[], RawE
 def _digest(plan: StagePlan) -> str:
     assert plan.artifact is not None
     return plan.artifact.digest
+
+
+def _as_json(document: Any) -> Any:
+    """As it is read again after it was written: a tuple has become a list."""
+    return json.loads(canonical(document))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -349,8 +349,15 @@ def _readable_stage(state: StageState) -> dict[str, Any]:
         "status": state.status,
         "items": _items(state),
         "time": None if state.seconds is None else clock(state.seconds),
-        "reason": state.reason if not state.error else state.error.splitlines()[0],
+        "reason": _why(state),
     }
+
+
+def _why(state: StageState) -> str | None:
+    """What is worth reading of a stage: its error, or why it must be made until it is."""
+    if state.error:
+        return state.error.splitlines()[0]
+    return None if state.status in ("ok", "cached") else state.reason
 
 
 def _items(state: StageState) -> str:

@@ -71,6 +71,7 @@ class Options:
         pass_env: names of variables to hand on.
         in_clear: whether the token may be sent over plain HTTP to another machine.
         argv: the command, for the record.
+        recorded: whether the address is that of the submission before, and not one that was given.
     """
 
     address: str
@@ -79,6 +80,7 @@ class Options:
     pass_env: tuple[str, ...] = ()
     in_clear: bool = False
     argv: tuple[str, ...] = ()
+    recorded: bool = False
 
 
 def submit(run: Run, options: Options, tell: Callable[[str], None]) -> tuple[Submission, bool]:
@@ -97,7 +99,7 @@ def submit(run: Run, options: Options, tell: Callable[[str], None]) -> tuple[Sub
     """
     check_variables(options.address)
     passed = _passed(options.pass_env, tell)
-    jobs = Jobs.at(options.address, in_clear=options.in_clear)
+    jobs = _visited(options)
     if jobs.token is not None and not travels_safely(options.address):
         tell(f"warning: the token travels in clear to {options.address}")
     _look_at(jobs, options.require_auth, tell)
@@ -117,6 +119,17 @@ def submit(run: Run, options: Options, tell: Callable[[str], None]) -> tuple[Sub
             metadata = {"layerwise_run": run.id, "attempt": str(submission.number), RESULTS: arguments[0]}
             jobs.submit(submission.job, f"{ENTRYPOINT} {shlex.join(arguments)}", environment, metadata)
     return submission, True
+
+
+def _visited(options: Options) -> Jobs:
+    """The cluster to submit to; if it was not named just now, the refusal says how to name another place."""
+    try:
+        return Jobs.at(options.address, in_clear=options.in_clear)
+    except ClusterError as error:
+        if options.recorded:
+            elsewhere = "--address URL for another cluster, --executor ray to go on here"
+            error.hint = elsewhere if error.hint is None else f"{error.hint}; or {elsewhere}"
+        raise
 
 
 def await_start(run: Run, submission: Submission, tell: Callable[[str], None]) -> bool:
@@ -266,9 +279,16 @@ def is_finished(run: Run) -> bool:
     return state is not None and state.status == "ok"
 
 
-def check_usage(address: str | None, kuberay: bool, only_kuberay: Mapping[str, object]) -> None:
+def check_usage(
+    address: str | None, kuberay: bool, only_kuberay: Mapping[str, object], only_address: Mapping[str, object]
+) -> None:
     """Refuse options that do not go together.
 
+    Args:
+        address: that was given.
+        kuberay: whether a manifest is asked for.
+        only_kuberay: options that only a manifest takes; None, False, 0 and () for those that were not given.
+        only_address: those that only a cluster takes, likewise.
     Raises:
         UsageError: names them.
     """
@@ -276,9 +296,12 @@ def check_usage(address: str | None, kuberay: bool, only_kuberay: Mapping[str, o
         raise UsageError("--kuberay makes a cluster of its own, and --address names another", hint="leave one out")
     if not kuberay and address is None:
         raise UsageError("where to? --address is missing", hint="give the dashboard's, such as http://127.0.0.1:8265")
-    given = [name for name, value in only_kuberay.items() if value]
-    if given and not kuberay:
-        raise UsageError(f"{', '.join(given)}: only together with --kuberay")
+    other, needed = (only_address, "--address") if kuberay else (only_kuberay, "--kuberay")
+    given = [name for name, value in other.items() if value not in (None, False, 0, ())]
+    if given:
+        raise UsageError(f"{', '.join(given)}: only together with {needed}", hint="leave it out")
+    if only_kuberay.get("--image") == "":
+        raise UsageError("--image is empty", hint="name an image with Ray and layerwise in it, or leave it out")
 
 
 def again(
@@ -308,7 +331,7 @@ def again(
         said.pop("wait", None)
         if "pass_env" in said:
             said["pass_env"] = tuple(said["pass_env"])
-        return Options(plain, argv=tuple(argv), **{**kept, **said})
+        return Options(plain, argv=tuple(argv), recorded=address is None, **{**kept, **said})
     if said:
         names = ", ".join(_OPTIONS[name] for name in said)
         raise UsageError(f"{names}: only for a run that is submitted", hint="say where with --address http://...")

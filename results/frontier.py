@@ -6,6 +6,7 @@ that of `layerwise.solvers.pareto`. Left out: fronts over more than one cost at 
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,7 +82,7 @@ def frontier_table(
         The columns `COLUMNS`, by rising cost. `ranked_by` names the loss that was used, `metric` what `kl` measured in
         the search. Held-out figures are those of the allocation itself, not of a model repaired afterwards.
     Raises:
-        UsageError: no such run, no such stage in it, or none of its allocations has that cost.
+        UsageError: no such run, no such stage in it, no allocation (of that solver) yet, or none with that cost.
     """
     import pandas as pd
 
@@ -102,11 +103,14 @@ def frontier_table(
         for row in store.rows("allocations", stage_key=stage_keys(stages.values()))
         if row["stage_key"] in names and solver in (None, row["solver"])
     ]
+    if not records:
+        raise _nothing_yet(store, run, stages, stage, solver)
     frame = pd.DataFrame(records, columns=COLUMNS).astype(_TYPES)
-    if len(frame) and frame[over].isna().all():
+    if frame[over].isna().all():
+        what = "milliseconds" if over == "ms" else over
         raise UsageError(
-            f"no allocation of this run has {over}",
-            hint="add a `latency` stage to what `allocate` needs, or choose another cost",
+            f"run {run} has no {what}: no allocation of it has any",
+            hint="add a `latency` stage to what `allocate` needs, or choose another cost with --over",
         )
     ranked_by = _ranked_by(frame, loss)
     frame["ranked_by"] = ranked_by
@@ -133,6 +137,28 @@ def dense_losses(store: Store, run: str | None = None, *, data: str | None = Non
     heldout = _Heldout(store, latest_stages(store, find_run(store, run)), data)
     values = {column: heldout.dense.get(metric) for column, metric in HELDOUT.items()}
     return {column: value for column, value in values.items() if value is not None}
+
+
+def _nothing_yet(
+    store: Store, run: str, stages: Mapping[str, dict[str, Any]], stage: str | None, solver: str | None
+) -> UsageError:
+    """Why there is nothing that could be on a front."""
+    if solver is not None:
+        keys = stage_keys(row for row in stages.values() if row["uses"] == "allocate")
+        known = {row["solver"] for row in store.rows("allocations", stage_key=keys)}
+        if known:
+            where = "" if stage is None else f" in stage {stage}"
+            return UsageError(
+                f"run {run} has no candidates of solver {solver!r}{where}", f"it has {', '.join(sorted(known))}"
+            )
+    ended = [f"stage {name} {row['status']}" for name, row in stages.items() if row["status"] != "ok"]
+    if stage is not None and not ended:
+        return UsageError(
+            f"stage {stage} of run {run} has no candidates", "those of an `allocate` stage are on a frontier"
+        )
+    why = f": {', '.join(ended)}" if ended else ""
+    look = shlex.join(["layerwise", "status", run, "--results", str(store.root)])
+    return UsageError(f"run {run} has no candidates yet{why}", f"see how it stands: {look}")
 
 
 def _ranked_by(frame: pd.DataFrame, loss: Loss | None) -> Loss:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import UsageError
+from layerwise.results.destination import writing
 from layerwise.results.frontier import Cost, Loss
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ def plot_frontier(
 
     Args:
         frame: from `frontier_table`; with its dominated allocations they are drawn pale.
-        path: the file to write; its ending says the format (`.png`, `.svg`, `.pdf`). Missing folders are made.
+        path: the file to write; its ending says the format (`.png`, `.svg`, `.pdf`), in a folder that exists.
         over: the cost on the horizontal axis, as in the call that made `frame`.
         loss: the loss on the vertical axis; by default the one that `frame` was ranked by.
         dense_losses: what the dense model scores, see `frontier.dense_losses`; that of the vertical axis is drawn as
             a line.
     Raises:
-        UsageError: nothing to draw, or a file ending that is no picture.
+        UsageError: nothing to draw, a file ending that is no picture, or a file that cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -80,9 +81,9 @@ def plot_frontier(
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.06)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(path)
+        with writing(path):
+            figure.savefig(path)
     except ValueError as error:
         raise UsageError(f"cannot draw {path}: {error}", hint="end its name in .png, .svg or .pdf") from error
 

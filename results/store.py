@@ -63,7 +63,7 @@ class Store:
             try:
                 make_folder(root)
                 publish_file(marker, json.dumps({"format": FORMAT}).encode() + b"\n", root / "tmp")
-            except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            except OSError as error:
                 raise UsageError(
                     f"cannot use {root} as a results folder: {error.strerror}", hint="choose another with --results"
                 ) from error

@@ -11,12 +11,13 @@ import inspect
 import itertools
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
 
 from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Problem, Solution, Stop
@@ -38,7 +39,30 @@ from layerwise.stages.search import CandidateSearch
 from layerwise.stages.text import tokenized
 
 Resource = Literal["bits", "effective_bits", "bytes", "ms"]
-Share = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?%$")]
+
+_SHARE = r"^\d+(\.\d+)?%$"
+
+
+def _check_amount(amount: Amount) -> Amount:
+    """Each amount by itself, so that a mistake is told at its place."""
+    if isinstance(amount, str):
+        fits = re.fullmatch(_SHARE, amount) is not None and float(amount[:-1]) <= 100
+    else:
+        fits = math.isfinite(amount) and amount > 0
+    if not fits:
+        found = f"text '{amount}'" if isinstance(amount, str) else f"{amount:g}"
+        raise ValueError(f"must be a number above 0, or 0% to 100%, got {found}")
+    return amount
+
+
+def _check_list(amounts: list[Amount]) -> list[Amount]:
+    if not amounts:
+        raise ValueError("must be one or more amounts, got none")
+    return amounts
+
+
+Number = Annotated[float, AfterValidator(_check_amount)]
+Share = Annotated[str, AfterValidator(_check_amount), WithJsonSchema({"type": "string", "pattern": _SHARE})]
 """`40%`, see `layerwise.stages.allocation.Amount`."""
 SOLVER_GROUP = "layerwise.solvers"
 """Entry points through which other packages offer separable solvers."""
@@ -61,7 +85,7 @@ class AllocateParams(Params):
     """The solver, the budgets, and for a search how it searches."""
 
     solver: str = Field("evolve", description=f"{', '.join(SOLVERS)}; searches: {', '.join(SEARCHES)}")
-    budgets: dict[Resource, float | Share | list[float | Share]] = Field(
+    budgets: dict[Resource, Number | Share | Annotated[list[Number | Share], AfterValidator(_check_list)]] = Field(
         min_length=1,
         description="upper limits; lists give one allocation for each combination; 40% is a share of the way from the "
         "least that is reachable to the greatest. " + str(RESOURCES),
@@ -104,18 +128,6 @@ class AllocateParams(Params):
     def _known_preset(cls, value: str | None) -> str | None:
         if value is not None and value not in PRESETS:
             raise ValueError(f"'{value}' is no preset ({nearest(value, list(PRESETS))})")
-        return value
-
-    @field_validator("budgets")
-    @classmethod
-    def _positive(cls, value: dict[Resource, Any]) -> dict[Resource, Any]:
-        for resource, given in value.items():
-            amounts = given if isinstance(given, list) else [given]
-            numbers = [amount for amount in amounts if not isinstance(amount, str)]
-            if not amounts or not all(math.isfinite(amount) and amount > 0 for amount in numbers):
-                raise ValueError(f"{resource} must be one or more numbers above 0, got {given}")
-            if any(float(amount[:-1]) > 100 for amount in amounts if isinstance(amount, str)):
-                raise ValueError(f"{resource} can be at most 100% of what is reachable, got {given}")
         return value
 
     def material(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """All checks, in the order in which they are made and printed.
 
-Every check has a deadline. One that misses it ends its group, whose rest would wait for the same dead mount or host.
+Every check has a deadline. One that misses it ends its group, whose rest would wait for the same dead mount or host. So
+does a cluster that does not let us in: it says nothing more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from layerwise.pipeline.doctor import cluster, machine, ray, results_folder, ver
 from layerwise.pipeline.doctor.check import Check, Finding, Surroundings, problem
 
 CHECK_SECONDS = 90.0
+
+_DOOR = "cluster"
 
 GROUPS: Mapping[str, Mapping[str, Check]] = {
     "versions": {
@@ -54,7 +57,7 @@ GROUPS: Mapping[str, Mapping[str, Check]] = {
         "flush": results_folder.flush,
         "lock": results_folder.lock,
     },
-    "cluster": {"cluster": cluster.door, "cluster's ray": cluster.ray},
+    "cluster": {_DOOR: cluster.door, "cluster's ray": cluster.ray},
 }
 
 _NO_ANSWER = problem(f"no answer within {CHECK_SECONDS:g} s", "does the disk or the network hang?")
@@ -76,7 +79,7 @@ def examine(results: Path, address: str | None = None) -> Iterator[tuple[str, Fi
         for name, check in checks.items():
             finding = before_the_deadline(check, surroundings)
             yield name, finding
-            if finding is _NO_ANSWER:
+            if finding is _NO_ANSWER or (name == _DOOR and finding.state == "problem"):
                 break
 
 

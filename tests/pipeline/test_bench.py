@@ -91,9 +91,26 @@ def test_every_format_prints_the_same_rows(bench: Callable[..., Any], format_: s
 
 def test_progress_goes_to_stderr(bench: Callable[..., Any]) -> None:
     outcome = bench(*SMALL, "--shapes", "16x32,16x64", "--bits", "4")
-    assert [line.partition(",")[0] for line in outcome.err.splitlines()] == [
+    assert [line.partition(",")[0] for line in outcome.err.splitlines() if not line.startswith("note: ")] == [
         f"{done} of 3: {shape}" for done, shape in enumerate(["32 x 64", "16 x 32", "16 x 64"])
     ]
+
+
+def test_a_group_size_that_a_shape_has_no_room_for_is_told(bench: Callable[..., Any]) -> None:
+    outcome = bench(*SMALL, "--bits", "4", "--group-size", "32,64,128", "--format", "csv")
+    assert [line for line in outcome.err.splitlines() if line.startswith("note: ")] == [
+        f"note: group size {size} is no less than the 64 columns of 32x64: measured as the whole row (-1)"
+        for size in (64, 128)
+    ]
+    found = {row["group_size"] for row in csv.DictReader(io.StringIO(outcome.out))}
+    assert found == {"", "32", "-1"}
+
+
+def test_the_device_is_named_once_where_people_read(bench: Callable[..., Any]) -> None:
+    name = this_device("cpu").name
+    outcome = bench(*SMALL, "--bits", "4")
+    assert outcome.out.startswith(f"device: {name}\n\n")
+    assert outcome.out.count(name) == 1
 
 
 def test_the_saved_table_dispatches(bench: Callable[..., Any], tmp_path: Path) -> None:
@@ -110,7 +127,10 @@ def test_the_saved_table_dispatches(bench: Callable[..., Any], tmp_path: Path) -
     [
         (["--shapes", "32by64"], "'32by64' is no shape"),
         (["--m", "one"], "'one' is no whole number"),
-        (["--m", "0"], "must be at least 1"),
+        (["--m", "4,0"], "0 rows of activations: there must be at least 1"),
+        (["--shapes", "8x8,16x0"], "no weight has the shape 16x0"),
+        (["--output", "/nonexistent/table.json"], "cannot write /nonexistent/table.json: /nonexistent does not exist"),
+        (["--output", "table.CSV"], "--output table.CSV: the table of times is saved as JSON"),
         (["--bits", "5"], "no kernel takes weights of 5 bits"),
         (["--group-size", "0"], "no group has 0 columns"),
         (["--dtype", "float8"], "unknown dtype 'float8'"),

@@ -264,6 +264,8 @@ def test_a_mistake_in_the_file_is_told_with_its_place(
         (["runs", "--results", "EMPTY"], "is not a results folder"),
         (["frontier", "nothing", "--results", "DONE"], "there is no run 'nothing'"),
         (["frontier", "--stage", "nothing", "--results", "DONE"], "has no stage 'nothing'"),
+        (["frontier", "--over", "ms", "--results", "DONE"], "add a `latency` stage"),
+        (["frontier", "--plot", "/nonexistent/front.png", "--results", "DONE"], "/nonexistent does not exist"),
         (["show", "ffffffffffffffff", "--results", "DONE"], "there is no allocation"),
         (["run", "FLOW", "--results", "EMPTY", "--executor", "rai"], "did you mean 'ray'?"),
         (["run"], "Missing argument"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,34 @@ def test_an_address_where_nothing_answers_is_told() -> None:
         address = f"http://127.0.0.1:{server.server_port}"
     assert refusal(address).message.startswith(f"{address} cannot be reached: ")
     assert "cannot be reached" in refusal(f"http://{'x' * 70}.invalid:8265").message  # no host name is that long
+
+
+def test_what_answers_in_another_protocol_is_told_without_its_bytes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(b"\x00\x00\x18\x04\x00\x1b[31m\xff\n")  # as gRPC does, and the colour red
+
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        found = refusal(address)
+    assert found.message == f"{address} answers, but not in HTTP"
+    assert found.hint == "is it the GCS port (6379) instead of the dashboard's (8265)?"
+
+
+def test_a_tunnel_whose_far_end_is_down_is_no_other_protocol() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def hang_up() -> None:
+            connection, _ = listening.accept()
+            connection.recv(1024)
+            connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        assert "cannot be reached" in refusal(f"http://127.0.0.1:{listening.getsockname()[1]}").message
 
 
 def test_an_address_that_never_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,16 @@ def test_a_mistake_is_told_before_anything_runs(workflow: Path, override: str, m
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("amount", ["-5%", "abc", "120%", "-5", "0", ".nan"])
+def test_an_amount_that_is_none_is_told_at_its_place_without_a_pattern(workflow: Path, amount: str) -> None:
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(workflow, sets=[f"stages.search.with.budgets.ms={amount}"])
+    (mistake,) = caught.value.mistakes
+    found = amount.removeprefix(".") if amount in ("-5", "0", ".nan") else f"text '{amount}'"
+    said = f"stages.search.with.budgets.ms: must be a number above 0, or 0% to 100%, got {found}"
+    assert mistake.text == said
+
+
 def test_the_place_of_the_mistake_is_that_of_the_value(workflow: Path) -> None:
     workflow.write_text(WORKFLOW.replace("bits: 3", "bits: 9"), encoding="utf-8")
     with pytest.raises(WorkflowError) as caught:

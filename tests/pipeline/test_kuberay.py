@@ -130,6 +130,23 @@ def test_the_run_is_there_to_be_resumed_and_nothing_claims_that_it_is_at_work(ru
     assert (state.run, state.status, state.live) == (run.id, "not started", False)
 
 
+def test_what_to_do_with_the_file_and_with_the_placeholder_is_told(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "my job.yaml"
+    write_manifest(run, Pods(), path)
+    warned = f"warning: the image {DEFAULT_IMAGE} is a placeholder: edit it, or say --image\n"
+    assert capsys.readouterr() == ("", f"{warned}wrote {path}; kubectl apply -f '{path}'\n")
+    write_manifest(run, Pods("r/image:1"), None)
+    assert capsys.readouterr() == (manifest(run, Pods("r/image:1")), "")
+
+
+def test_a_manifest_that_cannot_be_written_keeps_no_run(run: Run) -> None:
+    with pytest.raises(UsageError, match=r"cannot write /proc/job\.yaml"):
+        write_manifest(run, Pods(), Path("/proc/job.yaml"))
+    assert not run.folder.exists()
+
+
 def test_without_ray_its_version_is_not_known(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kuberay, "installed_version", lambda _: None)
     with pytest.raises(UsageError, match="the version of the cluster is not known"):

@@ -17,7 +17,7 @@ import pytest
 
 from layerwise.errors import CorruptArtifact, DiskFull, InfeasibleBudget, StoreError, UnsupportedModel
 from layerwise.pipeline import run as run_module
-from layerwise.pipeline.run import _differences
+from layerwise.pipeline.run import _as_json, _differences
 from layerwise.results.store import MARKER
 
 STAGES = ["numbers", "parity", "sum", "aside"]
@@ -140,6 +140,16 @@ def test_an_artifact_that_was_deleted_is_made_again(workshop: Any) -> None:
 )
 def test_differences_name_the_path_and_short_values(left: Any, right: Any, found: list[str]) -> None:
     assert _differences(left, right) == found
+
+
+def test_a_tuple_is_the_list_that_it_was_written_as(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop.run()
+    run, _ = workshop.prepare("stages.numbers.with.scale=3")
+    given = run._material
+    monkeypatch.setattr(run, "_material", lambda node, plans: {**given(node, plans), "inputs": {"x": (4, 1)}})
+    explained = run.plan()[0].reason
+    assert explained == "changed: inputs.x (None -> [4, 1]), with.scale (1 -> 3)"
+    assert _differences({"x": [4, 1]}, _as_json({"x": (4, 1)})) == []
 
 
 # --- who a run is ---

@@ -70,17 +70,29 @@ def pending(cluster: Any, layerwise: Command, tiny_workflow: Path) -> tuple[str,
         ([], "--address is missing"),
         (["--address", "head:8265"], "expected http://HOST:PORT"),
         (["--kuberay", "--address", GONE], "--address names another"),
+        (["--kuberay", "--wait"], "--wait: only together with --address"),
+        (["--kuberay", "--pass-env", "HOME", "--no-ship"], "--no-ship, --pass-env: only together with --address"),
+        (["--kuberay", "--image", ""], "--image is empty"),
+        (["--address", GONE, "--image", ""], "--image: only together with --kuberay"),
+        (["--kuberay", "-o", "/nonexistent/job.yaml"], "cannot write /nonexistent/job.yaml: /nonexistent does not"),
         (["--address", GONE, "-o", "x", "--workers", "2"], "-o, --workers: only together with --kuberay"),
         (["--address", GONE, "--pass-env", "NOT_SET_HERE"], "--pass-env NOT_SET_HERE: it is not set here"),
         (["--address", GONE, "--pass-env", "RAY_AUTH_TOKEN"], "--pass-env RAY_AUTH_TOKEN: the job has its own"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
-    layerwise: Command, tiny_workflow: Path, empty_home: Path, arguments: list[str], message: str
+    layerwise: Command, tiny_workflow: Path, empty_home: Path, results: Path, arguments: list[str], message: str
 ) -> None:
     outcome = layerwise("submit", tiny_workflow, *arguments)
     assert outcome.code == 2
     assert message in outcome.err
+    assert not list(results.glob("runs/*"))
+
+
+def test_a_results_folder_that_cannot_be_made_is_refused(in_process: Command, tiny_workflow: Path) -> None:
+    outcome = in_process("submit", tiny_workflow, "--address", GONE, "--results", "/proc/x")
+    assert outcome.code == 2
+    assert "error: cannot use /proc/x as a results folder" in outcome.err
 
 
 def test_mistakes_in_the_workflow_are_told_before_the_cluster_is_visited(
@@ -232,12 +244,28 @@ def test_a_pending_run_is_stopped_and_resumed_with_the_next_number(
     assert f"run {run}: stopped; to go on: layerwise resume {run}" in stopped.err
     assert cluster.jobs[job]["status"] == "STOPPED"
     assert layerwise("logs", "-f", run).code == 3
-    refused = layerwise("stop", run)
-    assert refused.code == 2
-    assert "is already stopped" in refused.err
+    again = layerwise("stop", run)
+    assert (again.code, again.err) == (0, stopped.err)
     resumed = layerwise("resume", run)
     assert resumed.code == 0, resumed.err
     assert resumed.out == f"run: {run}\njob: lw-{run}-a2\n"
+
+
+def test_a_resume_to_a_cluster_that_is_gone_says_how_to_name_another_place(
+    cluster: Any, pending: tuple[str, str], layerwise: Command, results: Path
+) -> None:
+    run, job = pending
+    cluster.jobs[job]["status"] = "STOPPED"
+    record = results / "runs" / run / "submissions" / "0001.json"
+    record.write_text(record.read_text().replace(cluster.address, GONE))
+    elsewhere = "; or --address URL for another cluster, --executor ray to go on here"
+    lost = layerwise("resume", run)
+    assert lost.code == 5
+    assert f"{GONE} cannot be reached" in lost.err
+    assert lost.err.endswith(f"{elsewhere}\n")
+    named = layerwise("resume", run, "--address", GONE)
+    assert named.code == 5
+    assert elsewhere not in named.err
 
 
 def test_a_job_that_fails_before_it_begins_is_told_with_its_words_and_exit_code(
@@ -297,6 +325,7 @@ def test_ctrl_c_while_waiting_leaves_the_job_alone(
     outcome = layerwise("submit", tiny_workflow, "--address", cluster.address, "--wait")
     assert outcome.code == 130
     assert re.search(r"run (flow-\w+) goes on without this window\n  layerwise logs -f \1 --results ", outcome.err)
+    assert layerwise("logs", "-f", "flow").code == 130
     assert [job["status"] for job in cluster.jobs.values()] == ["PENDING"]
 
 

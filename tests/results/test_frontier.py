@@ -43,8 +43,9 @@ def test_without_an_evaluation_the_front_is_over_the_search_loss(two_runs: Store
 
 
 def test_a_front_over_milliseconds_has_the_allocations_that_were_timed(two_runs: Store) -> None:
-    with pytest.raises(UsageError, match="no allocation of this run has ms"):
+    with pytest.raises(UsageError, match="run run-a has no milliseconds") as caught:
         frontier_table(two_runs, "run-a", over="ms")
+    assert "add a `latency` stage" in str(caught.value.hint)
     timed = [
         {"candidate": "eee555", "solver": "ilp", "bits": 4.0, "kl": 0.3, "ms": 2.0},
         {"candidate": "fff666", "solver": "ilp", "bits": 3.0, "kl": 0.1, "ms": 3.0},
@@ -128,7 +129,23 @@ def test_the_front_can_be_over_any_cost(two_runs: Store, over: str) -> None:
 def test_a_stage_or_a_solver_alone_has_its_own_front(two_runs: Store) -> None:
     assert rows(two_runs, "candidate", solver="ilp") == [["ddd444"]]
     assert rows(two_runs, "candidate", stage="ilp") == [["ddd444"]]
-    assert rows(two_runs, "candidate", solver="nobody") == []
+    with pytest.raises(UsageError, match="run run-b has no candidates of solver 'nobody'") as none:
+        frontier_table(two_runs, solver="nobody")
+    assert none.value.hint == "it has evolve, ilp"
+    with pytest.raises(UsageError, match="stage compress of run run-b has no candidates"):
+        frontier_table(two_runs, stage="compress")
     with pytest.raises(UsageError, match="no stage 'search'") as caught:
         frontier_table(two_runs, stage="search")
     assert "find" in str(caught.value.hint)
+
+
+def test_a_run_without_candidates_says_which_stage_kept_them_from_it(two_runs: Store) -> None:
+    for seq, status in enumerate(("running", "failed")):
+        two_runs.append("runs", [{"name": "demo", "status": status}], run_id="run-c", attempt=1, first_seq=seq)
+    with pytest.raises(UsageError, match=r"run run-c has no candidates yet\n"):
+        frontier_table(two_runs, "run-c", over="ms")
+    failed = {"uses": "compress", "cache": "miss", "status": "failed"}
+    two_runs.append("stages", [failed], run_id="run-c", stage="levels", stage_key="f" * 64, attempt=1, first_seq=0)
+    with pytest.raises(UsageError, match="run run-c has no candidates yet: stage levels failed") as caught:
+        frontier_table(two_runs, "run-c", over="ms")
+    assert caught.value.hint == f"see how it stands: layerwise status run-c --results {two_runs.root}"

@@ -34,8 +34,8 @@ def legend(figure: Figure) -> list[str]:
 
 
 def test_the_front_the_solvers_and_the_knee_are_named(two_runs: Store, tmp_path: Path, drawn: list[Figure]) -> None:
-    plot_frontier(frontier_table(two_runs, dominated=True), tmp_path / "new" / "front.png")
-    assert (tmp_path / "new" / "front.png").read_bytes().startswith(b"\x89PNG")
+    plot_frontier(frontier_table(two_runs, dominated=True), tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn[0].axes
     assert legend(drawn[0]) == ["front", "evolve", "ilp", "knee (3, 0.2)"]
     assert axes.lines[0].get_xydata().tolist() == [[2.0, 0.9], [3.0, 0.2], [4.0, 0.1]]
@@ -85,3 +85,5 @@ def test_nothing_to_draw_and_no_picture_format_are_refused(two_runs: Store, tmp_
         plot_frontier(frame.iloc[:0], tmp_path / "front.png")
     with pytest.raises(UsageError, match=r"front\.docx"):
         plot_frontier(frame, tmp_path / "front.docx")
+    with pytest.raises(UsageError, match="does not exist"):
+        plot_frontier(frame, tmp_path / "nowhere" / "front.png")

@@ -287,6 +287,11 @@ def test_a_file_in_the_way_of_the_folder_is_the_users_mistake(tmp_path: Path) ->
             Store.open(root, create=True)
 
 
+def test_a_place_where_no_folder_can_be_made_is_the_users_mistake() -> None:
+    with pytest.raises(UsageError, match="cannot use /proc/x as a results folder"):
+        Store.open(Path("/proc/x"), create=True)
+
+
 def test_a_folder_that_cannot_be_written_is_refused_for_writing_only(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -265,9 +265,11 @@ def test_a_profile_of_another_database_is_refused(chain: Callable[[str], Any]) -
     ("params", "complaint"),
     [
         ({"budgets": {}}, "at least 1 item"),
-        ({"budgets": {"bits": []}}, "one or more numbers above 0"),
-        ({"budgets": {"bits": [3, -1]}}, "one or more numbers above 0"),
+        ({"budgets": {"bits": []}}, "one or more amounts"),
+        ({"budgets": {"bits": [3, -1]}}, "above 0, or 0% to 100%, got -1"),
         ({"budgets": {"bits": float("nan")}}, "above 0"),
+        ({"budgets": {"ms": "-5%"}}, "above 0, or 0% to 100%, got text '-5%'"),
+        ({"budgets": {"ms": ["40%", "120%"]}}, "above 0, or 0% to 100%, got text '120%'"),
         ({"budgets": {"bit": 3}}, "bit"),
         ({"budgets": {"bits": 3}, "solver": "ipl"}, "did you mean 'ilp'"),
         ({"budgets": {"bits": 3}, "preset": "evopress-quantisation"}, "did you mean 'evopress-quantization'"),

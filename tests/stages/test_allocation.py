@@ -204,8 +204,9 @@ def test_a_budget_of_milliseconds_admits_exactly_what_fits_beside_the_rest(timed
 
 
 def test_milliseconds_out_of_reach_say_the_least_of_the_whole_model(timed: CostTable) -> None:
-    with pytest.raises(InfeasibleBudget, match=r"1\.2 ms is below the least reachable 1\.3 \(short by 0\.1\)"):
+    with pytest.raises(InfeasibleBudget, match=r"1\.2 ms is below the least reachable 1\.3 \(short by 0\.1\)") as short:
         timed.problem({"ms": 1.2}, tie=False, losses=None)
+    assert short.value.hint == "raise the budget or add a faster level to the menu"
     with pytest.raises(UsageError, match=r"above the greatest reachable 1\.5"):
         timed.problem({"ms": 1.6}, tie=False, losses=None)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,8 +16,10 @@ from layerwise.pipeline.display import open_display
 from layerwise.pipeline.run import Run
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.results.frontier import frontier_table
+from layerwise.results.store import Store
 
-WORKFLOW = Path(__file__).parents[2] / "workflows" / "latency_budget.yaml"
+PROJECT = Path(__file__).parents[2]
+WORKFLOW = PROJECT / "workflows" / "latency_budget.yaml"
 SHORT = [
     *(f"stages.{stage}.with.{setting}" for stage in ("times", "speed")
       for setting in ("window_ms=0.5", "samples=3", "spread=1000", "retries=0")),
@@ -77,3 +82,22 @@ def test_the_command_line_shows_milliseconds_beside_the_sizes(run: Run) -> None:
     shown = json.loads(CliRunner().invoke(app, ["show", rows[0]["candidate"], *results]).stdout)
     assert shown["allocation"]["ms"] == rows[0]["ms"]
     assert {"latency_ms", "predicted_latency_ms", "latency_error"} <= {row["metric"] for row in shown["metrics"]}
+
+
+def test_the_example_of_the_readme_loads_the_packed_model_of_the_newest_of_several_runs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_packed" in code)
+    shutil.copytree(run.store.root, tmp_path / "layerwise-results", symlinks=True)
+    (tmp_path / "workflows").symlink_to(WORKFLOW.parent)
+    store = Store.open(tmp_path / "layerwise-results")
+    (store.root / "runs" / "latency-budget-00000000" / "stages").mkdir(parents=True)
+    for id_, attempt in (("latency-budget-00000000", 1), (run.id, 2)):  # the second, resumed, is the newest
+        facts = {"name": "latency-budget", "status": "ok"}
+        store.append("runs", [facts], run_id=id_, attempt=attempt, first_seq=0)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["stages"].parent.name == run.id
+    assert sum(parameter.numel() for parameter in names["model"].parameters()) > 0

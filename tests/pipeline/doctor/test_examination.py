@@ -84,6 +84,13 @@ def test_the_cluster_is_asked_only_if_one_is_named(use: Callable[..., None]) -> 
     assert list(dict(examine(Path(), CLUSTER))) == ["ray", "cluster"]
 
 
+def test_a_cluster_that_lets_nobody_in_is_not_asked_further(use: Callable[..., None]) -> None:
+    use(cluster={"cluster": finding_of("problem"), "cluster's ray": finding_of("warning")})
+    assert list(dict(examine(Path(), CLUSTER))) == ["cluster"]
+    use(cluster={"cluster": finding_of("warning"), "cluster's ray": finding_of("ok")})
+    assert list(dict(examine(Path(), CLUSTER))) == ["cluster", "cluster's ray"]
+
+
 def test_an_address_that_is_none_is_refused_before_the_first_check() -> None:
     with pytest.raises(UsageError):
         next(examine(Path(), "ray://head:10001"))
