@@ -40,9 +40,7 @@ def test_every_genome_gets_its_own_score_whatever_the_workers(genomes: list[Geno
     scores: list[Score] = score(pool, Request(tuple(genomes)), workers=workers, note="x")
     assert [measured["kl"]["mean"] for measured in scores] == [sum(genome) for genome in genomes]
     asked = [request.genomes for request in pool.asked]
-    assert asked == [(genome,) for genome in sorted(set(genomes))], (
-        "neighbours meet, and none is scored twice"
-    )
+    assert asked == [(genome,) for genome in sorted(set(genomes))], "neighbours meet, and none is scored twice"
     assert pool.calls == workers
 
 
