@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not there, and count what came out.
 
 Run in a process of its own (`compiled` in conftest.py does), because a kernel that was decorated for the interpreter
-cannot be compiled. ptxas, cuobjdump and the disassembler come with Triton.
+cannot be compiled; one child for each core shares the work. ptxas, cuobjdump and the disassembler come with Triton.
 
 What is compiled stands in `cases_*.py` beside this file, each with `CASES`, a list of plain dicts of this form:
 
@@ -34,6 +34,8 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -167,20 +169,26 @@ def _opcode(line: str) -> str:
 
 def main(wanted_file: Path, statistics_file: Path) -> None:
     """Compile the cases that the first file lists; write their statistics, or why there are none, to the second."""
+    wanted = set(json.loads(wanted_file.read_text()))
+    cases = [case for case in load_cases() if case["name"] in wanted]
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_prepare) as pool:
+        found = dict(zip([case["name"] for case in cases], pool.map(_statistics_or_error, cases), strict=True))
+    statistics_file.write_text(json.dumps(found))
+
+
+def _prepare() -> None:
     import triton
 
     warnings.simplefilter("ignore")
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
-    wanted = set(json.loads(wanted_file.read_text()))
-    found: dict[str, Any] = {}
-    for case in load_cases():
-        if case["name"] in wanted:
-            try:
-                found[case["name"]] = statistics(case)
-            except Exception as error:  # the compiler's many kinds; one case must not hide the others
-                found[case["name"]] = {"error": f"{type(error).__name__}: {error}"}
-    statistics_file.write_text(json.dumps(found))
+
+
+def _statistics_or_error(case: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return statistics(case)
+    except Exception as error:  # the compiler's many kinds; one case must not hide the others
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":
