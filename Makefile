@@ -38,7 +38,7 @@ bench: setup
 	$(BIN)/python benchmarks/kernels.py
 
 faults: setup
-	$(BIN)/python -m pytest -m slow tests/pipeline tests/kernels
+	$(BIN)/python -m pytest -m slow tests/pipeline
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -1,7 +1,6 @@
 """What of the quantized kernel is compiled (the form: offline.py). Budgets: Triton 3.9.0, counted when written.
 
-Every entry of the table of tiles is here, for every width, with zero points, which cost the most registers. Without a
-mark are those that hard limits hold for, groups of 128 columns while decoding; the rest is the full matrix.
+Every entry of the table of tiles is here, for every width, with zero points, which cost the most registers.
 """
 
 from __future__ import annotations
@@ -129,9 +128,6 @@ def quantized(
         "budget": budget,
         # 16 bytes of words at a time straight into shared memory, and from there as operands.
         "opcodes": ["HGMMA" if wgmma else "HMMA", "LDGSTS.E.BYPASS.128", "LDSM.16.MT88.4"],
-        "slow": not (group_size == 128 and m == 1 and dtype == "fp16" and not ragged)
-        and (arch, bits, group_size, m, sym)
-        not in {(90, 4, 128, 64, True), (90, 4, 128, 128, True), (80, 4, 128, 128, True)},
     }
 
 

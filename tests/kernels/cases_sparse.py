@@ -12,9 +12,7 @@ from layerwise.kernels.unstructured_matvec import ALONG
 HALF = {"fp16": tl.float16, "bf16": tl.bfloat16}
 
 
-def n_m(
-    name: str, arch: int, m: int, splits: int, budget: float, dtype: str = "fp16", slow: bool = False
-) -> dict[str, Any]:
+def n_m(name: str, arch: int, m: int, splits: int, budget: float, dtype: str = "fp16") -> dict[str, Any]:
     BM, BN = (16, 128) if m <= 16 else (32, 64)
     shared = splits > 1
     return {
@@ -42,13 +40,10 @@ def n_m(
         "weights": BN * 256,
         "budget": budget,
         "opcodes": ["HMMA", "LDGSTS.E.BYPASS", "PRMT"],
-        "slow": slow,
     }
 
 
-def unstructured(
-    name: str, arch: int, m: int, budget: float, dtype: str = "fp16", slow: bool = False
-) -> dict[str, Any]:
+def unstructured(name: str, arch: int, m: int, budget: float, dtype: str = "fp16") -> dict[str, Any]:
     return {
         "name": f"unstructured-{name}-sm{arch}",
         "kernel": "layerwise.kernels.unstructured_matvec:unstructured_kernel",
@@ -72,7 +67,6 @@ def unstructured(
         "weights": 4 * 512,  # nonzeros
         "budget": budget,
         "opcodes": ["LDG.E.128", "LDG.E.64", "FFMA"],
-        "slow": slow,
     }
 
 
@@ -112,7 +106,6 @@ def block_sparse(
     sym: bool = True,
     dtype: str = "fp16",
     rows: int = 64,
-    slow: bool = False,
 ) -> dict[str, Any]:
     config = config_for(arch, bits, 128, m)
     columns = min(rows, config.columns)  # as the launcher cuts tiles
@@ -136,13 +129,10 @@ def block_sparse(
         "weights": columns * BLOCK[bits],
         "budget": budget,
         "opcodes": ["HMMA" if m <= 32 or arch < 90 else "HGMMA", "LDGSTS.E.BYPASS"],
-        "slow": slow,
     }
 
 
-def low_rank(
-    bits: int, arch: int, m: int, budget: float, sym: bool = True, dtype: str = "fp16", slow: bool = False
-) -> dict[str, Any]:
+def low_rank(bits: int, arch: int, m: int, budget: float, sym: bool = True, dtype: str = "fp16") -> dict[str, Any]:
     config = config_for(arch, bits, 128, m)
     return {
         "name": f"low_rank-{bits}-{'sym' if sym else 'asym'}-{dtype}-m{m}-sm{arch}",
@@ -171,7 +161,6 @@ def low_rank(
         "weights": 128 * BLOCK[bits],
         "budget": budget,
         "opcodes": ["HMMA.16816", "HMMA.1688.F32.TF32", "LDGSTS.E.BYPASS"],
-        "slow": slow,
     }
 
 
@@ -182,12 +171,12 @@ CASES = [
     n_m("m64", 90, 64, 4, 4.86),
     n_m("m64", 80, 64, 4, 4.83),
     n_m("m16-bf16", 90, 16, 8, 3.4, dtype="bf16"),
-    n_m("m16-bf16", 80, 16, 8, 3.35, dtype="bf16", slow=True),
-    n_m("m16", 86, 16, 8, 3.35, slow=True),
+    n_m("m16-bf16", 80, 16, 8, 3.35, dtype="bf16"),
+    n_m("m16", 86, 16, 8, 3.35),
     unstructured("m1", 90, 1, 10.44),
     unstructured("m1", 80, 1, 10.44),
     unstructured("m4", 90, 4, 21.5),
-    unstructured("m3-bf16", 90, 3, 18, dtype="bf16", slow=True),
+    unstructured("m3-bf16", 90, 3, 18, dtype="bf16"),
     block_sparse(4, 90, 1, 2.35, rows=128),
     block_sparse(4, 90, 1, 3.24),
     block_sparse(4, 80, 1, 3.15),
@@ -195,15 +184,15 @@ CASES = [
     block_sparse(2, 90, 1, 2.47),
     block_sparse(3, 90, 1, 3.38),
     block_sparse(8, 90, 1, 3.29),
-    block_sparse(4, 90, 32, 3.66, slow=True),
+    block_sparse(4, 90, 32, 3.66),
     block_sparse(4, 90, 64, 4.19),
-    block_sparse(4, 80, 64, 4.72, slow=True),
-    block_sparse(2, 90, 64, 3.3, slow=True),
-    block_sparse(3, 80, 64, 4.77, slow=True),
+    block_sparse(4, 80, 64, 4.72),
+    block_sparse(2, 90, 64, 3.3),
+    block_sparse(3, 80, 64, 4.77),
     low_rank(4, 90, 1, 2.22),
     low_rank(4, 80, 1, 2.18),
     low_rank(4, 90, 16, 2.31, sym=False, dtype="bf16"),
     low_rank(2, 90, 1, 1.96),
-    low_rank(3, 90, 1, 2.79, slow=True),
-    low_rank(8, 90, 1, 2.41, slow=True),
+    low_rank(3, 90, 1, 2.79),
+    low_rank(8, 90, 1, 2.41),
 ]

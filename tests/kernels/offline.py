@@ -16,7 +16,6 @@ What is compiled stands in `cases_*.py` beside this file, each with `CASES`, a l
     "budget"     recorded instructions per weight; None if they are not counted
     "opcodes"    prefixes that the kernel must hold: "HMMA", "LDGSTS" (a pipelined load)
     "absent"     optional, prefixes that it must not hold; LDL and STL never pass
-    "slow"       optional, True: only in the full matrix, `pytest -m slow tests/kernels`
 
 Instructions per weight are the SASS lines of the main loop × threads ÷ weights; the main loop is the longest region
 that ends in a branch backwards. Static counts: stalls and bank conflicts show only on a GPU.
