@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from layerwise.kernels.quantized import Quantized
 from layerwise.kernels.quantized_matmul import Launch, launch
 from layerwise.kernels.quantized_matmul import refuses as refuses_groups
 from layerwise.kernels.unstructured import Unstructured
+
+Kind = TypeVar("Kind", bound=Packed)
 
 LEAST_CAPABILITY = (8, 0)
 
@@ -38,14 +42,7 @@ def _refuses_device(work: Work) -> str | None:
     return None
 
 
-def _refuses_quantized(packed: Packed, work: Work) -> str | None:
-    if not isinstance(packed, Quantized):
-        return f"it takes quantized weights, not {packed.format}"
-    return _refuses_device(work) or refuses_groups(packed)
-
-
-def _prepare_quantized(packed: Packed, work: Work) -> Matmul:
-    assert isinstance(packed, Quantized)
+def _prepare_quantized(packed: Quantized, work: Work) -> Matmul:
     launches: dict[int, Launch] = {}
     k, device = packed.shape[1], packed.words.device
 
@@ -71,66 +68,76 @@ def _prepare_quantized(packed: Packed, work: Work) -> Matmul:
     return multiply
 
 
-QUANTIZED = Backend("triton_quantized", "cuda", _refuses_quantized, _prepare_quantized)
-"""2, 3, 4 and 8 bits, any number of rows (`quantized_matmul.py`)."""
+def _backend(
+    name: str,
+    kind: type[Kind],
+    what: str,
+    refuses: Callable[[Kind, Work], str | None],
+    prepare: Callable[[Kind, Work], Matmul],
+) -> Backend:
+    """A backend for one format.
+
+    Args:
+        name: its name in BACKENDS.
+        kind: the class of the format; `what` it is in words.
+        refuses: why the kernel cannot take such a weight.
+        prepare: its function of the activations.
+    """
+
+    def refuse(packed: Packed, work: Work) -> str | None:
+        if not isinstance(packed, kind):
+            return f"it takes {what} weights, not {packed.format}"
+        return _refuses_device(work) or refuses(packed, work)
+
+    def prepared(packed: Packed, work: Work) -> Matmul:
+        assert isinstance(packed, kind)
+        return prepare(packed, work)
+
+    return Backend(name, "cuda", refuse, prepared)
 
 
-def _refuses_block_sparse(packed: Packed, work: Work) -> str | None:
-    if not isinstance(packed, BlockSparse):
-        return f"it takes block-sparse weights, not {packed.format}"
-    return _refuses_device(work) or block_sparse_matmul.refuses(packed, work.m)
-
-
-def _prepare_block_sparse(packed: Packed, work: Work) -> Matmul:
-    assert isinstance(packed, BlockSparse)
-    return lambda x: block_sparse_matmul.block_sparse_matmul(x, packed)
-
-
-BLOCK_SPARSE = Backend("triton_block_sparse", "cuda", _refuses_block_sparse, _prepare_block_sparse)
-"""Kept blocks of 2, 3, 4 and 8 bits, up to 64 rows (`block_sparse_matmul.py`)."""
-
-
-def _refuses_low_rank(packed: Packed, work: Work) -> str | None:
-    if not isinstance(packed, LowRank):
-        return f"it takes low-rank weights, not {packed.format}"
-    return _refuses_device(work) or low_rank_matmul.refuses(packed, work.m, work.dtype)
-
-
-def _prepare_low_rank(packed: Packed, work: Work) -> Matmul:
-    assert isinstance(packed, LowRank)
+def _prepare_low_rank(packed: LowRank, work: Work) -> Matmul:
     fitting = replace(packed, A=packed.A.to(work.dtype), B=packed.B.to(work.dtype))
     return lambda x: low_rank_matmul.low_rank_matmul(x, fitting)
 
 
-LOW_RANK = Backend("triton_low_rank", "cuda", _refuses_low_rank, _prepare_low_rank)
+QUANTIZED = _backend(
+    "triton_quantized", Quantized, "quantized", lambda packed, _: refuses_groups(packed), _prepare_quantized
+)
+"""2, 3, 4 and 8 bits, any number of rows (`quantized_matmul.py`)."""
+
+BLOCK_SPARSE = _backend(
+    "triton_block_sparse",
+    BlockSparse,
+    "block-sparse",
+    lambda packed, work: block_sparse_matmul.refuses(packed, work.m),
+    lambda packed, _: lambda x: block_sparse_matmul.block_sparse_matmul(x, packed),
+)
+"""Kept blocks of 2, 3, 4 and 8 bits, up to 64 rows (`block_sparse_matmul.py`)."""
+
+LOW_RANK = _backend(
+    "triton_low_rank",
+    LowRank,
+    "low-rank",
+    lambda packed, work: low_rank_matmul.refuses(packed, work.m, work.dtype),
+    _prepare_low_rank,
+)
 """A weight with a kernel and a low-rank addition, in one launch where that is possible (`low_rank_matmul.py`)."""
 
-
-def _refuses_n_m(packed: Packed, work: Work) -> str | None:
-    if not isinstance(packed, NMSparse):
-        return f"it takes N:M sparse weights, not {packed.format}"
-    return _refuses_device(work) or n_m_matmul.refuses(packed, work.m, work.dtype)
-
-
-def _prepare_n_m(packed: Packed, work: Work) -> Matmul:
-    assert isinstance(packed, NMSparse)
-    return lambda x: n_m_matmul.n_m_matmul(x, packed)
-
-
-N_M = Backend("triton_n_m", "cuda", _refuses_n_m, _prepare_n_m)
+N_M = _backend(
+    "triton_n_m",
+    NMSparse,
+    "N:M sparse",
+    lambda packed, work: n_m_matmul.refuses(packed, work.m, work.dtype),
+    lambda packed, _: lambda x: n_m_matmul.n_m_matmul(x, packed),
+)
 """2:4, up to 64 rows (`n_m_matmul.py`)."""
 
-
-def _refuses_unstructured(packed: Packed, work: Work) -> str | None:
-    if not isinstance(packed, Unstructured):
-        return f"it takes unstructured sparse weights, not {packed.format}"
-    return _refuses_device(work) or unstructured_matvec.refuses(packed, work.m)
-
-
-def _prepare_unstructured(packed: Packed, work: Work) -> Matmul:
-    assert isinstance(packed, Unstructured)
-    return lambda x: unstructured_matvec.unstructured_matvec(x, packed)
-
-
-UNSTRUCTURED = Backend("triton_unstructured", "cuda", _refuses_unstructured, _prepare_unstructured)
+UNSTRUCTURED = _backend(
+    "triton_unstructured",
+    Unstructured,
+    "unstructured sparse",
+    lambda packed, work: unstructured_matvec.refuses(packed, work.m),
+    lambda packed, _: lambda x: unstructured_matvec.unstructured_matvec(x, packed),
+)
 """Any zeros, up to 4 rows (`unstructured_matvec.py`)."""
