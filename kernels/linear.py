@@ -10,7 +10,7 @@ for a number of rows one for each of the last few such numbers. Beyond those it 
 but a layer runs what its table measured.
 
 Left out: gradients, for the weights of a kernel are codes; and loading by class name alone, for a packed weight is
-rebuilt from its settings, which stand beside the tensors (`layerwise.stages.packed_model`).
+rebuilt from its settings, which stand beside the tensors (`layerwise.stages.apply.packed`).
 """
 
 from __future__ import annotations

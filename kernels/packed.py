@@ -4,7 +4,8 @@ A `Packed` is plain tensors and a few settings; `dense` says exactly what it mea
 tested against, and a level with no kernel can still run. Kernels take the tensors as they are: whatever a kernel wants
 in another order is put into that order when the weight is packed, not when it is used.
 
-Left out: which kernel runs it (`backends.py`), and how a level of a database becomes one (`layerwise.stages.pack`).
+Left out: which kernel runs it (`backends.py`), and how a level of a database becomes one
+(`layerwise.stages.levels.pack`).
 """
 
 from __future__ import annotations

@@ -10,15 +10,15 @@ from layerwise.stages.contract import Stage
 from layerwise.stages.registry import lookup, names
 
 STAGES = {
-    "calibrate": "layerwise.stages.calibrate:STAGE",
+    "calibrate": "layerwise.stages.calibrate.stage:STAGE",
     "compress": "layerwise.stages.compress.stage:STAGE",
-    "profile": "layerwise.stages.profile:STAGE",
-    "latency": "layerwise.stages.latency:STAGE",
-    "allocate": "layerwise.stages.allocate:STAGE",
-    "apply": "layerwise.stages.apply:STAGE",
-    "speed": "layerwise.stages.speed:STAGE",
-    "evaluate": "layerwise.stages.evaluate:STAGE",
-    "export": "layerwise.stages.export:STAGE",
+    "profile": "layerwise.stages.profile.stage:STAGE",
+    "latency": "layerwise.stages.latency.stage:STAGE",
+    "allocate": "layerwise.stages.allocate.stage:STAGE",
+    "apply": "layerwise.stages.apply.stage:STAGE",
+    "speed": "layerwise.stages.latency.speed:STAGE",
+    "evaluate": "layerwise.stages.evaluate.stage:STAGE",
+    "export": "layerwise.stages.export.stage:STAGE",
 }
 
 

@@ -56,7 +56,7 @@ import layerwise
 from layerwise.solvers import Problem, ilp
 problem = Problem(costs={"bits": np.array([[2.0, 4.0]])}, budgets={"bits": 3.0}, losses=np.array([[1.0, 0.0]]))
 print(ilp(problem).choice.tolist(), sorted({"torch", "ray"} & set(sys.modules)))
-import layerwise.kernels.packing, layerwise.results.store, layerwise.stages.database
+import layerwise.kernels.packing, layerwise.results.store, layerwise.stages.levels.database
 from layerwise.pipeline.workflow import load_workflow
 print(Path(layerwise.__file__).parent, layerwise.__version__)
 print(all(Path(module.__file__).is_relative_to(sys.path[0]) for name, module in sys.modules.items()

@@ -26,7 +26,7 @@ from layerwise.stages.registry import lookup, names
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layerwise.stages.level import Level
+    from layerwise.stages.levels.level import Level
 
 COMPRESSORS = {
     "dense": "layerwise.stages.compress.dense:dense",

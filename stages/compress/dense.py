@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from layerwise.stages.compress import MenuEntry
-from layerwise.stages.level import Level
+from layerwise.stages.levels.level import Level
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,7 @@ from pydantic import AliasChoices, Field
 
 from layerwise.errors import NotFinite, UsageError
 from layerwise.stages.compress.grid import GridParams, check_finite, dequantize, fit, grid_level, quantize
-from layerwise.stages.level import Level
+from layerwise.stages.levels.level import Level
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, field_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry
-from layerwise.stages.level import Level
+from layerwise.stages.levels.level import Level
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -40,8 +40,8 @@ class CompressParams(Params):
 
 def compress(context: Context, params: CompressParams) -> None:
     """Write every level of every unit, and the index."""
-    from layerwise.stages.database import write_index
-    from layerwise.stages.statistics import Statistics
+    from layerwise.stages.calibrate.statistics import Statistics
+    from layerwise.stages.levels.database import write_index
 
     statistics = Statistics(context.input("statistics"))
     work = partial(
@@ -69,9 +69,9 @@ def _compress_unit(
     unit: dict[str, Any], *, model: ModelSource, statistics: Path, menu: list[MenuEntry], folder: Path
 ) -> dict[str, Any]:
     """Write all levels of one unit; gives its entry in the index."""
-    from layerwise.stages.database import describe_failure, describe_levels, write_unit
+    from layerwise.stages.calibrate.statistics import Statistics
+    from layerwise.stages.levels.database import describe_failure, describe_levels, write_unit
     from layerwise.stages.models.checkpoint import Checkpoint
-    from layerwise.stages.statistics import Statistics
 
     stored = Checkpoint(model.path).read(unit["tensor"])
     weight = stored.T if unit["transposed"] else stored

@@ -33,7 +33,8 @@ FORK_SERVER = """
 import json, os, sys
 import torch, transformers, pandas, pyarrow.dataset, pyarrow.parquet, safetensors.torch
 from transformers.models.llama import modeling_llama
-import layerwise.solvers, layerwise.pipeline.run, layerwise.pipeline.executors.inline, layerwise.stages.evaluator
+import layerwise.solvers, layerwise.stages.evaluate.evaluator
+import layerwise.pipeline.run, layerwise.pipeline.executors.inline
 from layerwise.pipeline.cli import main
 print("ready", flush=True)
 for line in iter(sys.stdin.readline, ""):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from layerwise.stages.allocation import load_allocations
+from layerwise.stages.allocate.allocation import load_allocations
 from layerwise.stages.contract import TextSource
-from layerwise.stages.database import Database
+from layerwise.stages.levels.database import Database
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 STORIES = SHARED / "models" / "stories260k"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerwise.errors import NotFinite, UsageError
 from layerwise.stages.compress import compressor_names, find_compressor
-from layerwise.stages.database import describe
+from layerwise.stages.levels.database import describe
 
 MENUS: dict[str, list[dict[str, Any]]] = {
     "dense": [{}],
@@ -130,6 +130,6 @@ def test_an_unknown_method_is_answered_with_the_nearest() -> None:
 
 
 def test_menus_are_checked_without_loading_torch() -> None:
-    modules = ["layerwise.stages.database", *(f"layerwise.stages.compress.{name}" for name in MENUS)]
+    modules = ["layerwise.stages.levels.database", *(f"layerwise.stages.compress.{name}" for name in MENUS)]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,7 @@ from layerwise.stages.compress import gptq as gptq_module
 from layerwise.stages.compress.gptq import Params, gptq, inverse_factor
 from layerwise.stages.compress.rtn import Params as RtnParams
 from layerwise.stages.compress.rtn import rtn
-from layerwise.stages.level import Level, grid_columns
+from layerwise.stages.levels.level import Level, grid_columns
 
 Matrix = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layerwise.stages.compress.rtn import Params, rtn
-from layerwise.stages.level import grid_columns
+from layerwise.stages.levels.level import grid_columns
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,1 @@
+"""`allocate`: budgets into allocations; what stands between a database and the solvers."""

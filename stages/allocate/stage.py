@@ -1,0 +1,342 @@
+"""`allocate`: chooses one level for every unit, within each of the budgets.
+
+Separable solvers minimise a sum of profile entries and need no model. Searches measure whole candidates on a pool of
+replicas; their default start is the ILP solution, because on real models it reaches in one step what an evolution from
+a uniform start spends millions of tokens on. Every allocation that comes out is measured on the same search data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
+
+from layerwise.errors import InfeasibleBudget, UsageError
+from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Problem, Solution, Stop
+from layerwise.stages.allocate.allocation import (
+    RESOURCES,
+    Allocation,
+    Amount,
+    CostTable,
+    budget_text,
+    load_times,
+    save_allocations,
+)
+from layerwise.stages.allocate.candidates import CandidateSearch
+from layerwise.stages.contract import Context, Params, Port, Stage
+from layerwise.stages.data.text import tokenized
+from layerwise.stages.evaluate.scoring import Request, evaluator_factory, perplexity, score
+from layerwise.stages.levels.database import DatabaseIndex
+from layerwise.stages.quantities import Count
+from layerwise.stages.registry import lookup, names, nearest
+
+Resource = Literal["bits", "effective_bits", "bytes", "ms"]
+
+_SHARE = r"^\d+(\.\d+)?%$"
+
+
+def _check_amount(amount: Amount) -> Amount:
+    """Each amount by itself, so that a mistake is told at its place."""
+    if isinstance(amount, str):
+        fits = re.fullmatch(_SHARE, amount) is not None and float(amount[:-1]) <= 100
+    else:
+        fits = math.isfinite(amount) and amount > 0
+    if not fits:
+        found = f"text '{amount}'" if isinstance(amount, str) else f"{amount:g}"
+        raise ValueError(f"must be a number above 0, or 0% to 100%, got {found}")
+    return amount
+
+
+def _check_list(amounts: list[Amount]) -> list[Amount]:
+    if not amounts:
+        raise ValueError("must be one or more amounts, got none")
+    return amounts
+
+
+Number = Annotated[float, AfterValidator(_check_amount)]
+Share = Annotated[str, AfterValidator(_check_amount), WithJsonSchema({"type": "string", "pattern": _SHARE})]
+"""`40%`, see `layerwise.stages.allocate.allocation.Amount`."""
+SOLVER_GROUP = "layerwise.solvers"
+"""Entry points through which other packages offer separable solvers."""
+SETTINGS = {
+    "preset": "preset",
+    "generations": "generations",
+    "offspring": "offspring",
+    "survivors_per_selection": "survivors",
+    "tokens_per_selection": "tokens",
+    "batch": "batch",
+    "population": "population",
+    "tokens_per_ask": "tokens_per_ask",
+}
+"""Parameters that only some searches read, and the argument that each becomes where a search has it."""
+STOP_RULES = {"evaluations": "evaluations", "patience": "patience", "max_tokens": "tokens"}
+"""Parameters that end a search, and the rule of `Stop` that each becomes."""
+
+
+class AllocateParams(Params):
+    """The solver, the budgets, and for a search how it searches."""
+
+    solver: str = Field("evolve", description=f"{', '.join(SOLVERS)}; searches: {', '.join(SEARCHES)}")
+    budgets: dict[Resource, Number | Share | Annotated[list[Number | Share], AfterValidator(_check_list)]] = Field(
+        min_length=1,
+        description="upper limits; lists give one allocation for each combination; 40% is a share of the way from the "
+        "least that is reachable to the greatest. " + str(RESOURCES),
+    )
+    loss: Literal["kl", "output_error", "weight_nmse"] = Field(
+        "kl", description="the profile's metric that separable solvers add up"
+    )
+    tie: Literal["none", "fused"] = Field(
+        "none", description="fused: q/k/v and gate/up share one level, as serving engines need it"
+    )
+    data: str = Field("calibration", description="the text to search on, by its name in the workflow's data section")
+    seed: int = Field(0, ge=0, description="of a search")
+    batch_tokens: Count = Field(2048, description="tokens that run at a time")
+    start: Literal["ilp", "uniform", "random"] = Field("ilp", description="of a search: where it starts")
+    fitness: Literal["kl", "perplexity"] = Field("kl", description="of a search: what is minimised")
+    preset: str | None = Field(None, description=f"evolve: published settings: {', '.join(PRESETS)}")
+    generations: int | None = Field(None, ge=0, description="evolve: overrides the preset")
+    offspring: int | None = Field(None, ge=1, description="evolve: candidates per generation")
+    survivors_per_selection: list[int] | None = Field(None, min_length=1, description="evolve: left after each round")
+    tokens_per_selection: list[Count] | None = Field(None, min_length=1, description="evolve: tokens of each round")
+    batch: int | None = Field(None, ge=1, description="anneal, random, tpe: candidates at a time")
+    population: int | None = Field(None, ge=2, description="genetic, nsga2: candidates of a generation")
+    tokens_per_ask: Count | None = Field(
+        None, description="anneal, genetic, nsga2, random, tpe: tokens that candidates are evaluated on; all without"
+    )
+    evaluations: int | None = Field(None, ge=1, description="of a search: stop after so many evaluated candidates")
+    patience: int | None = Field(None, ge=1, description="of a search: stop after so many rounds without progress")
+    max_tokens: Count | None = Field(None, description="of a search: stop after so many evaluated tokens")
+
+    @field_validator("solver")
+    @classmethod
+    def _known_solver(cls, value: str) -> str:
+        known = [*names(SOLVERS, SOLVER_GROUP), *SEARCHES]
+        if value not in known:
+            raise ValueError(f"'{value}' is no solver ({nearest(value, known)})")
+        return value
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str | None) -> str | None:
+        if value is not None and value not in PRESETS:
+            raise ValueError(f"'{value}' is no preset ({nearest(value, list(PRESETS))})")
+        return value
+
+    def material(self) -> dict[str, Any]:
+        """Without what the solver does not read: another seed does not change an ILP."""
+        if self.solver not in SEARCHES:
+            return self.model_dump(mode="json", exclude={"seed", "start", "fitness", *SETTINGS, *STOP_RULES})
+        material = self.model_dump(mode="json", exclude=set(SETTINGS) - set(read_by(self.solver)))
+        return material | ({"preset": asdict(PRESETS[self.preset])} if material.get("preset") and self.preset else {})
+
+    @property
+    def needs_losses(self) -> bool:
+        """True if it cannot do without a profile."""
+        return self.start == "ilp" if self.solver in SEARCHES else self.solver != "uniform"
+
+    @property
+    def combinations(self) -> list[dict[str, Amount]]:
+        """Each budget to solve for: every combination of the lists."""
+        lists = [amounts if isinstance(amounts, list) else [amounts] for amounts in self.budgets.values()]
+        return [dict(zip(self.budgets, amounts, strict=True)) for amounts in itertools.product(*lists)]
+
+
+def read_by(search: str) -> dict[str, str]:
+    """Those of SETTINGS that the search of that name has an argument for."""
+    arguments = inspect.signature(SEARCHES[search]).parameters
+    return {name: argument for name, argument in SETTINGS.items() if argument in arguments}
+
+
+Mistakes = Iterator[tuple[tuple[str, ...], str]]
+"""(path below `with`, text), as `contract.Check` gives them."""
+
+
+def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mistakes:
+    """What can be seen to be wrong before anything runs."""
+    profiles = feeding.get("profile", ())
+    if params.needs_losses and not profiles:
+        yield ("solver",), f"{params.solver} needs a profile: add a `profile` stage to needs{_or_another_start(params)}"
+    for profile in profiles:
+        if params.needs_losses and params.loss not in profile.metrics:
+            yield ("loss",), f"the profile does not measure {params.loss}, only {', '.join(profile.metrics)}"
+    if "ms" in params.budgets and not feeding.get("latency"):
+        yield ("budgets", "ms"), "milliseconds must have been measured: add a `latency` stage to needs"
+    if params.solver == "dp" and len(params.budgets) > 1:
+        yield ("budgets",), "dp takes one budget; ilp takes several"
+    survivors, tokens = params.survivors_per_selection, params.tokens_per_selection
+    if survivors and tokens and len(survivors) != len(tokens):
+        yield ("survivors_per_selection",), f"{len(survivors)} rounds, but tokens_per_selection has {len(tokens)}"
+    yield from _out_of_reach(params, feeding)
+
+
+def _or_another_start(params: AllocateParams) -> str:
+    return ", or say start: uniform" if params.solver in SEARCHES else ""
+
+
+def _out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mistakes:
+    """Budgets of bits that no allocation of the menu can meet, or that none can fill."""
+    offers = [entry.nominal_bits() for made in feeding.get("database", ()) for entry in made.menu]
+    known = [bits for offer in offers if offer is not None for bits in offer]
+    if not known:
+        return
+    least, most = min(known), max(known) if None not in offers else math.inf
+    for budget in params.combinations:
+        amount = budget.get("bits", least)
+        if isinstance(amount, str):
+            continue  # a share is within reach whatever the menu has
+        if not least <= amount <= most:
+            yield ("budgets", "bits"), f"{amount:g} bits per weight is out of reach: the menu has {least:g} to {most:g}"
+
+
+def allocate(context: Context, params: AllocateParams) -> None:
+    """Write `allocations.json`, one allocation per budget.
+
+    Raises:
+        InfeasibleBudget: a budget is below the least reachable.
+        UsageError: above the greatest reachable, or the solver lacks its profile or a budget its latencies.
+    """
+    index = DatabaseIndex(context.input("database"))
+    times = [load_times(folder, index) for folder in context.inputs["latency"]]
+    table = CostTable(index, *times)
+    losses, profile_tokens = _profiled_losses(context, params, index)
+    tie = params.tie == "fused"
+    problems = {}
+    for budget in params.combinations:
+        amounts = table.amounts(budget, tie=tie, losses=losses)
+        problems[budget_text(budget)] = (budget, amounts, table.problem(amounts, tie=tie, losses=losses))
+    tokens = tokenized(context, params.data)
+    factory = evaluator_factory(context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens)
+    with context.executor.replicas(factory) as pool:
+        metric = "kl" if params.fitness == "kl" else "nll"
+        searches = CandidateSearch(
+            context, table, pool, solver=params.solver, metric=metric, searches=len(params.combinations)
+        )
+        found = []
+        for text, (budget, amounts, problem) in problems.items():
+            try:
+                solution, effort = _solve(params, problem, searches, text, tokens.total)
+            except InfeasibleBudget as error:
+                raise table.in_words(error, amounts) from error
+            allocation = table.allocation(solution.choice.tolist(), solver=params.solver, budget=budget)
+            found.append((allocation, solution, effort))
+        searches.flush()
+        genomes = tuple(allocation.genome for allocation, _, _ in found)
+        scores = score(pool, Request(genomes, ("kl", "nll")), workers=context.executor.workers, note="allocations")
+    rows, allocations = [], []
+    for (unmeasured, solution, effort), measured in zip(found, scores, strict=True):
+        allocation = replace(unmeasured, kl=measured["kl"]["mean"], perplexity=perplexity(measured["nll"]["mean"]))
+        allocations.append(allocation)
+        rows.append(_row(allocation, solution) | effort | {"profile_tokens": profile_tokens})
+    save_allocations(context.out, allocations)
+    context.record("allocations", rows)
+
+
+def _profiled_losses(
+    context: Context, params: AllocateParams, index: DatabaseIndex
+) -> tuple[Sequence[Sequence[float | None]] | None, int]:
+    """The profile's table of the chosen metric, and the tokens that measuring it took."""
+    needed = params.needs_losses
+    if not context.inputs["profile"]:
+        if needed:
+            raise UsageError(
+                f"solver {params.solver}{' with start: ilp' if params.solver in SEARCHES else ''} needs a profile",
+                hint="add a `profile` stage to `needs`, or use start: uniform",
+            )
+        return None, 0
+    document = json.loads((context.inputs["profile"][0] / "profile.json").read_text(encoding="utf-8"))
+    if document["database"] != index.digest:
+        raise UsageError(
+            "the profile is that of another database", hint="profile the `compress` stage that is used here"
+        )
+    if params.loss not in document["metrics"]:
+        if not needed:
+            return None, 0
+        raise UsageError(
+            f"the profile has no {params.loss}, only {', '.join(document['metrics'])}",
+            hint=f"add {params.loss} to the profile's metrics, or choose another loss",
+        )
+    losses: list[list[float | None]] = document["metrics"][params.loss]
+    return losses, document["evaluated_tokens"] if needed and params.loss == "kl" else 0
+
+
+def _solve(
+    params: AllocateParams, problem: Problem, searches: CandidateSearch, budget: str, total_tokens: int
+) -> tuple[Solution, dict[str, Any]]:
+    """The allocation of one budget, and what finding it took, as columns of `allocations`."""
+    started = time.perf_counter()
+    effort: dict[str, Any] = {"evaluations": 0, "tokens": 0}
+    if params.solver in SEARCHES:
+        make, start = SEARCHES[params.solver], _start(params, problem)
+        search = make(problem, start, params.seed, total_tokens=total_tokens, **_settings(params))
+        tokens = searches.run(search, budget)
+        solution = search.best
+        effort = {"seed": params.seed, "evaluations": search.evaluations, "tokens": tokens}
+    else:
+        solution = find_solver(params.solver)(problem)
+    return solution, effort | {"seconds": time.perf_counter() - started}
+
+
+def find_solver(name: str) -> Callable[[Problem], Solution]:
+    """The separable solver of that name, ours or another package's."""
+    solver: Callable[[Problem], Solution] = lookup(name, SOLVERS, group=SOLVER_GROUP, kind="solver")
+    return solver
+
+
+def _start(params: AllocateParams, problem: Problem) -> Solution | None:
+    if params.start == "random":
+        return None
+    return SOLVERS[params.start](problem)
+
+
+def _settings(params: AllocateParams) -> dict[str, Any]:
+    """The arguments of the search that the workflow sets; the preset or the search itself has the rest."""
+    written = params.model_dump(include={*SETTINGS, *STOP_RULES}, exclude_none=True)
+    settings = {argument: written[name] for name, argument in read_by(params.solver).items() if name in written}
+    rules = {rule: written[name] for name, rule in STOP_RULES.items() if name in written}
+    return settings | ({"stop": Stop(**rules)} if rules else {})
+
+
+def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
+    return {
+        "candidate": allocation.candidate,
+        "solver": allocation.solver,
+        "budget": allocation.budget,
+        "genome": list(allocation.genome),
+        "units": list(allocation.levels),
+        "levels": list(allocation.levels.values()),
+        "bits": allocation.bits,
+        "effective_bits": allocation.effective_bits,
+        "bytes": allocation.bytes,
+        "ms": allocation.ms,
+        "predicted_loss": solution.loss,
+        "metric": "kl",
+        "kl": allocation.kl,
+        "perplexity": allocation.perplexity,
+        "lower_bound": solution.lower_bound,
+        "gap": solution.gap,
+        "solver_status": solution.status,
+    }
+
+
+STAGE = Stage(
+    "allocate",
+    AllocateParams,
+    allocate,
+    gives="allocations",
+    takes={
+        "database": Port("database"),
+        "profile": Port("profile", optional=True),
+        "latency": Port("latency", optional=True),
+    },
+    data=("data",),
+    check=mistakes,
+    impl=2,
+)

@@ -1,0 +1,1 @@
+"""`apply`: one allocation made real, and the `model` artifact that it leaves."""

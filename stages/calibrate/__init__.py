@@ -1,0 +1,1 @@
+"""`calibrate`: what is learned of the layers from text before they are compressed."""

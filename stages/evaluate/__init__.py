@@ -1,0 +1,1 @@
+"""`evaluate`: the scoring of candidates and models, for searches and for reports."""

@@ -1,0 +1,127 @@
+"""What the driver and a model replica say to each other: candidates out, measurements back.
+
+Free of torch, so that the process that steers a search never loads a model. The other end is
+`layerwise.stages.evaluate.evaluator`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from layerwise.stages.contract import Context, ModelSource, Replicas
+from layerwise.stages.data.text import Tokens
+
+DENSE = -1
+"""The genome entry of a unit that keeps its own weight."""
+
+METRICS = ("kl", "nll", "agreement")
+"""What can be measured, each a mean over tokens: KL(dense || candidate) in nats, negative log-likelihood of the next
+token in nats (perplexity is its exponential), share of positions where both predict the same token."""
+
+_GREATEST_EXPONENT = math.log(sys.float_info.max)
+
+Genome = tuple[int, ...]
+"""Level index of every unit, in the database's order, or DENSE."""
+
+Measurement = dict[str, Any]
+"""`mean` and `stderr` over sequences (None where not finite), `n_tokens` read, and, on request, `sequences`: the mean
+of each."""
+
+Score = dict[str, Measurement]
+"""Metric to measurement, for one genome."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Candidates to score on the same tokens.
+
+    Args:
+        genomes: the candidates.
+        metrics: from METRICS.
+        tokens: how many tokens to use; None for all.
+        draw: seed for which ones.
+        sequences: also give the mean of every sequence.
+    """
+
+    genomes: tuple[Genome, ...]
+    metrics: tuple[str, ...] = ("kl",)
+    tokens: int | None = None
+    draw: int = 0
+    sequences: bool = False
+
+    @property
+    def key(self) -> str:
+        """The same for the same request: its name in the journal of an interrupted stage."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
+
+
+Pool = Replicas[tuple[Request, ...], list[Score]]
+"""Answers requests that differ only in their genomes, with the scores of all of them in one list."""
+
+
+def evaluator_factory(
+    context: Context, tokens: Tokens, *, database: Path | None = None, models: Sequence[Path] = (), batch_tokens: int
+) -> Callable[[], Callable[[tuple[Request, ...]], list[Score]]]:
+    """What `Executor.replicas` takes: loads a model, text and levels on a worker.
+
+    Args:
+        context: the stage's.
+        tokens: from `layerwise.stages.data.text.tokenized`.
+        database: genomes choose levels of this database, or
+        models: compressed models, in which case level i of every unit is that of model i.
+        batch_tokens: tokens that run at a time.
+    """
+    return partial(_open_evaluator, context.model, tokens, database, tuple(models), batch_tokens)
+
+
+def _open_evaluator(
+    model: ModelSource, tokens: Tokens, database: Path | None, models: tuple[Path, ...], batch_tokens: int
+) -> Callable[[tuple[Request, ...]], list[Score]]:
+    from layerwise.stages.apply.model import AppliedModels
+    from layerwise.stages.data.text import load_sequences
+    from layerwise.stages.evaluate.evaluator import Evaluator
+    from layerwise.stages.levels.database import Database
+    from layerwise.stages.models.causal_lm import CausalLM
+
+    levels = Database(database) if database else AppliedModels(models)
+    evaluator = Evaluator(CausalLM.load(model), load_sequences(tokens), levels, batch_tokens=batch_tokens)
+    return lambda requests: evaluator(_united(requests))
+
+
+def _united(requests: Sequence[Request]) -> Request:
+    """One request for the genomes of all, in their order."""
+    return replace(requests[0], genomes=tuple(genome for request in requests for genome in request.genomes))
+
+
+def score(pool: Pool, request: Request, *, workers: int, note: str = "") -> list[Score]:
+    """Score a request on all replicas.
+
+    Candidates are sorted, so that those with common first blocks meet on one replica. A candidate's numbers do not
+    depend on its company, and each is kept by itself: an interrupted stage goes on with any number of replicas.
+
+    Args:
+        pool: the replicas.
+        request: any number of genomes.
+        workers: how many replicas there are.
+        note: what is being done, for the progress display.
+    Returns:
+        one score per genome, in their order.
+    """
+    distinct = sorted(set(request.genomes))  # two budgets may well lead to one allocation
+    parts = [replace(request, genomes=(genome,)) for genome in distinct]
+    keys = [f"{part.key}-{note}" for part in parts]
+    found = dict(zip(distinct, pool.map_together(parts, keys=keys, calls=workers, note=note), strict=True))
+    return [found[genome] for genome in request.genomes]
+
+
+def perplexity(nll: float | None) -> float | None:
+    """The exponential of a mean negative log-likelihood; None where it is not finite in float64."""
+    return None if nll is None or nll > _GREATEST_EXPONENT else math.exp(nll)

@@ -1,0 +1,1 @@
+"""`export`: folders that other tools load."""

@@ -1,0 +1,1 @@
+"""`latency` and `speed`: what levels and whole models take on a machine."""

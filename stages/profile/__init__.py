@@ -1,0 +1,1 @@
+"""`profile`: how much each level of each unit hurts."""
