@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from layerwise.errors import UsageError
+from layerwise.results.resources import RESOURCES
 from layerwise.results.runs import find_run, latest_stages, stage_keys
 from layerwise.solvers.pareto import knee, non_dominated
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
     from layerwise.results.store import Store
 
-Cost = Literal["bits", "effective_bits", "bytes", "ms"]
+Cost = str
+"""A name of `layerwise.results.resources.RESOURCES`."""
+
 Loss = Literal["heldout_kl", "kl", "heldout_perplexity"]
 
 HELDOUT: Mapping[str, str] = {"heldout_kl": "kl", "heldout_perplexity": "perplexity"}
@@ -36,10 +39,7 @@ COLUMNS = [
     "stage",
     "solver",
     "budget",
-    "bits",
-    "effective_bits",
-    "bytes",
-    "ms",
+    *RESOURCES,
     "metric",
     "kl",
     *HELDOUT,
@@ -51,8 +51,9 @@ COLUMNS = [
 ]
 """Columns of `frontier_table`."""
 
-_COSTS = ("bits", "effective_bits", "bytes", "ms")
-_TYPES = {**dict.fromkeys(("bits", "effective_bits", "ms", "kl", *HELDOUT), "float64"), "bytes": "Int64"}
+_TYPES = dict.fromkeys(("kl", *HELDOUT), "float64") | {
+    name: "Int64" if resource.type == "int64" else "float64" for name, resource in RESOURCES.items()
+}
 
 
 def frontier_table(
@@ -94,7 +95,7 @@ def frontier_table(
     heldout = _Heldout(store, stages, data)
     records = [
         {
-            **{column: row[column] for column in ("solver", "budget", "metric", "kl", "candidate", *_COSTS)},
+            **{column: row[column] for column in ("solver", "budget", "metric", "kl", "candidate", *RESOURCES)},
             **{column: heldout.value(row, metric) for column, metric in HELDOUT.items()},
             "run": run,
             "stage": names[row["stage_key"]],

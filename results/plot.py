@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from layerwise.errors import UsageError
 from layerwise.results.destination import writing
 from layerwise.results.frontier import Cost, Loss
+from layerwise.results.resources import RESOURCES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,12 +23,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#666666"
 
-_COST_TITLES = {
-    "bits": "average bits per weight",
-    "effective_bits": "average bits per weight, everything stored",
-    "bytes": "stored size ({unit})",
-    "ms": "forward pass (ms, measured parts added up)",
-}
+_COST_TITLES = {name: resource.axis for name, resource in RESOURCES.items()} | {"bytes": "stored size ({unit})"}
 _LOSS_TITLES = {
     "heldout_kl": "KL to the dense model (held-out, nats/token)",
     "heldout_perplexity": "perplexity (held-out)",

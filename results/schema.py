@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA_VERSION = 2
+from layerwise.results.resources import columns, level_columns
+
+SCHEMA_VERSION = 3
 
 COMMON: Mapping[str, str] = {
     "run_id": "string",  # the run that computed the row; other runs find it through `stage_key`
@@ -61,21 +63,21 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "shape": "list<int32>",  # (out, in)
         "n_weights": "int64",
         "group": "string",  # units of one group share their level
+        "role": "string",  # linear, conv, parameter, expert, head, embedding
+        "parent": "string",  # the half-block or block that it is in
+        "status": "string",  # ok, not selected, no unit (a weight that can have no level)
+        "error": "string",
     },
     "levels": {
         "unit": "string",
         "level": "string",
         "method": "string",
-        "bits": "float32",
-        "group_size": "int32",
-        "sym": "bool",
-        "desc_act": "string",  # false, true, static
-        "damp_percent": "float32",
-        "effective_bits": "float64",  # per weight, everything stored
-        "size_bytes": "int64",
+        "recipe": "string",  # JSON: everything that it takes to make it again
+        "offered": "bool",  # whether a search may choose it
+        **level_columns(),  # its share of each resource
         "weight_nmse": "float64",
         "output_error": "float64",
-        "status": "string",
+        "status": "string",  # ok, fallback (made by another method), nan (could not be made)
         "error": "string",
     },
     "profile": {
@@ -118,12 +120,9 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "n_tokens": "int64",
         "metric": "string",
         "fitness": "float64",
-        "bits": "float64",  # average per weight
-        "effective_bits": "float64",
-        "bytes": "int64",
         "status": "string",
         "error": "string",
-        "ms": "float64",  # as in `allocations`
+        **columns(),  # of the whole model
     },
     "allocations": {
         "candidate": "string",
@@ -133,9 +132,6 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "genome": "list<int16>",
         "units": "list<string>",
         "levels": "list<string>",  # the chosen level of each of `units`
-        "bits": "float64",  # average per weight
-        "effective_bits": "float64",
-        "bytes": "int64",
         "predicted_loss": "float64",
         "metric": "string",  # what `kl` is the value of
         "kl": "float64",  # on the search data
@@ -147,7 +143,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "tokens": "int64",  # evaluated by the search itself, the profile's not counted
         "profile_tokens": "int64",
         "seconds": "float64",
-        "ms": "float64",  # of the whole model's forward pass, predicted: the times of its levels and the rest, added up
+        **columns(),  # of the whole model
     },
     "metrics": {
         "candidate": "string",  # an allocation's candidate, or `dense`

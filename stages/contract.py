@@ -35,6 +35,10 @@ class Params(BaseModel):
         """What decides the result, as JSON: the part of a stage's key. All of it, unless a stage knows better."""
         return self.model_dump(mode="json")
 
+    def sources(self) -> Iterable[str]:
+        """Modules whose source decides the result beside the stage's own: those of the methods that it names."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Port:
@@ -71,7 +75,11 @@ class Stage:
         check: what can be seen to be wrong before anything runs.
         measures: of a stage that times things, what it times them on: the machine's fingerprint as JSON, for given
             parameters. It is part of the stage's key, so times taken elsewhere are never found as this machine's.
-        impl: raised by hand whenever the same inputs would give other bytes; part of the stage's key.
+        fill: completes its parameters from those of the stages that take its artifact, before keys are made: what
+            `calibrate` gathers is what the menu behind it needs.
+        notes: what it will leave out or fall back to, told before it runs; takes its parameters and the model.
+        impl: raised by hand whenever the same inputs would give other bytes; part of the stage's key, beside a hash of
+            its source.
     """
 
     name: str
@@ -83,15 +91,24 @@ class Stage:
     reports: bool = False
     check: Check | None = None
     measures: Callable[[Any], Mapping[str, Any]] | None = None
+    fill: Callable[[Any, Sequence[Any]], Params] | None = None
+    notes: Callable[[Any, ModelSource], Iterable[str]] | None = None
     impl: int = 1
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The dense model: a local folder with safetensors, and the dtype it is computed in (`float32`, ...)."""
+    """A model: what a network is loaded from.
+
+    Args:
+        path: the dense model, a local folder with safetensors.
+        dtype: that it is computed in.
+        compressed: a `model` artifact whose levels are laid over it; see `layerwise.stages.models.compressed`.
+    """
 
     path: Path
     dtype: str = "float32"
+    compressed: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -197,3 +214,14 @@ class Context:
         """The one artifact folder of a port."""
         (path,) = self.inputs[port]
         return path
+
+    def optional(self, port: str) -> Path | None:
+        """The artifact folder of a port that may be empty."""
+        return next(iter(self.inputs[port]), None)
+
+    def model_of(self, port: str) -> ModelSource:
+        """The model of an optional port: that of its `model` artifact, or the workflow's."""
+        from layerwise.stages.models.compressed import source_of
+
+        folder = self.optional(port)
+        return self.model if folder is None else source_of(folder, self.model)

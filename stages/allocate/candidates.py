@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from layerwise.solvers import Ask, Search
-from layerwise.stages.allocate.allocation import CostTable
+from layerwise.stages.allocate.costs import CostTable
 from layerwise.stages.contract import Context, Row
 from layerwise.stages.evaluate.scoring import Pool, Request, Score, score
 
@@ -51,7 +51,7 @@ class CandidateSearch:
         spent = 0
         while not search.done:
             ask = search.ask()
-            genomes = tuple(tuple(candidate.tolist()) for candidate in ask.candidates)
+            genomes = tuple(tuple(self.table.canonical(candidate.tolist())) for candidate in ask.candidates)
             request = Request(genomes, (self.metric,), ask.tokens, ask.draw)
             scores = score(self.pool, request, workers=self.context.executor.workers)
             search.tell([_fitness(measured[self.metric]["mean"]) for measured in scores])

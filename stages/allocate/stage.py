@@ -20,17 +20,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
 
 from layerwise.errors import InfeasibleBudget, UsageError
+from layerwise.results.resources import EXPLAINED, RESOURCES
 from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Problem, Solution, Stop
-from layerwise.stages.allocate.allocation import (
-    RESOURCES,
-    Allocation,
-    Amount,
-    CostTable,
-    budget_text,
-    load_times,
-    save_allocations,
-)
+from layerwise.stages.allocate.allocation import Allocation, make_allocation, save_allocations
 from layerwise.stages.allocate.candidates import CandidateSearch
+from layerwise.stages.allocate.costs import Amount, CostTable, budget_text, load_times
 from layerwise.stages.contract import Context, Params, Port, Stage
 from layerwise.stages.data.text import tokenized
 from layerwise.stages.evaluate.scoring import Request, evaluator_factory, perplexity, score
@@ -38,7 +32,14 @@ from layerwise.stages.levels.database import DatabaseIndex
 from layerwise.stages.quantities import Count
 from layerwise.stages.registry import lookup, names, nearest
 
-Resource = Literal["bits", "effective_bits", "bytes", "ms"]
+
+def _known_resource(name: str) -> str:
+    if name not in RESOURCES:
+        raise ValueError(f"'{name}' is no resource ({nearest(name, list(RESOURCES))})")
+    return name
+
+
+Resource = Annotated[str, AfterValidator(_known_resource), WithJsonSchema({"enum": list(RESOURCES)})]
 
 _SHARE = r"^\d+(\.\d+)?%$"
 
@@ -88,7 +89,7 @@ class AllocateParams(Params):
     budgets: dict[Resource, Number | Share | Annotated[list[Number | Share], AfterValidator(_check_list)]] = Field(
         min_length=1,
         description="upper limits; lists give one allocation for each combination; 40% is a share of the way from the "
-        "least that is reachable to the greatest. " + str(RESOURCES),
+        "least that is reachable to the greatest. " + EXPLAINED,
     )
     loss: Literal["kl", "output_error", "weight_nmse"] = Field(
         "kl", description="the profile's metric that separable solvers add up"
@@ -183,11 +184,13 @@ def _or_another_start(params: AllocateParams) -> str:
 
 def _out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mistakes:
     """Budgets of bits that no allocation of the menu can meet, or that none can fill."""
-    offers = [entry.nominal_bits() for made in feeding.get("database", ()) for entry in made.menu]
+    menu = [entry for made in feeding.get("database", ()) for entry in made.menu]
+    offers = [entry.nominal_bits() for entry in menu if not entry.offers_unchanged]
     known = [bits for offer in offers if offer is not None for bits in offer]
     if not known:
         return
-    least, most = min(known), max(known) if None not in offers else math.inf
+    open_ended = None in offers or any(entry.offers_unchanged for entry in menu)
+    least, most = 0.0 if None in offers else min(known), math.inf if open_ended else max(known)
     for budget in params.combinations:
         amount = budget.get("bits", least)
         if isinstance(amount, str):
@@ -225,7 +228,7 @@ def allocate(context: Context, params: AllocateParams) -> None:
                 solution, effort = _solve(params, problem, searches, text, tokens.total)
             except InfeasibleBudget as error:
                 raise table.in_words(error, amounts) from error
-            allocation = table.allocation(solution.choice.tolist(), solver=params.solver, budget=budget)
+            allocation = make_allocation(table, solution.choice.tolist(), solver=params.solver, budget=budget)
             found.append((allocation, solution, effort))
         searches.flush()
         genomes = tuple(allocation.genome for allocation, _, _ in found)
@@ -312,10 +315,7 @@ def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
         "genome": list(allocation.genome),
         "units": list(allocation.levels),
         "levels": list(allocation.levels.values()),
-        "bits": allocation.bits,
-        "effective_bits": allocation.effective_bits,
-        "bytes": allocation.bytes,
-        "ms": allocation.ms,
+        **allocation.sizes,
         "predicted_loss": solution.loss,
         "metric": "kl",
         "kl": allocation.kl,

@@ -1,8 +1,8 @@
-"""A compressed model in packed form: written beside its decoded weights, and loaded as a model that runs on kernels.
+"""A compressed model in packed form: written beside its levels, and loaded as a model that runs on kernels.
 
-`packed.safetensors` holds what every unit's weight is stored as, `<unit>/<tensor>`, and `packed.json` the settings that
-`layerwise.kernels.packed.rebuild` needs. A level without a kernel stands there as the dense weight that it decodes to,
-in the dtype of the checkpoint, as in `weights.safetensors`. All other parameters are still the dense checkpoint's.
+`packed.safetensors` holds what every linear layer's weight is stored as, `<unit>/<tensor>`, and `packed.json` the
+settings that `layerwise.kernels.packed.rebuild` needs. A level without a kernel stands there as the dense weight that
+it decodes to. Units that are no linear layer of their own (experts, a tied head) have no packed form; they run decoded.
 
 Left out: loading without the dense weights of the units, which are read and then replaced one by one.
 """
@@ -10,13 +10,12 @@ Left out: loading without the dense weights of the units, which are read and the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import UsageError
 from layerwise.stages.contract import ModelSource
-from layerwise.stages.levels.pack import pack_level, pack_or_dense
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,31 +23,42 @@ if TYPE_CHECKING:
     from layerwise.kernels.linear import Choose
     from layerwise.kernels.packed import Packed
     from layerwise.stages.levels.database import Database
+    from layerwise.stages.levels.level import Level
 
 TENSORS = "packed.safetensors"
 SETTINGS = "packed.json"
 
 
 def pack_units(database: Database, levels: Mapping[str, str]) -> dict[str, Packed]:
-    """The units' weights as kernels take them, by unit.
+    """The weights of linear layers as kernels take them, by unit.
 
     Args:
         database: holds the levels.
         levels: unit to level name.
     """
-    return {unit: pack_or_dense(database.level(unit, level)) for unit, level in levels.items()}
+    units = database.index.by_name
+    return {
+        unit: pack_or_dense(database.level(unit, level))
+        for unit, level in levels.items()
+        if units[unit].unit.replaceable
+    }
 
 
-def save_packed(
-    folder: Path, database: Database, levels: Mapping[str, str], stored: Callable[[str], Tensor]
-) -> list[str]:
+def pack_or_dense(level: Level) -> Packed:
+    """A level as a kernel takes it; one without a kernel as the dense weight that it decodes to, in float32."""
+    from layerwise.kernels.dense import Dense
+
+    packed = level.encoding.pack(level)
+    return Dense(level.shape, level.decode()) if packed is None else packed
+
+
+def save_packed(folder: Path, database: Database, levels: Mapping[str, str]) -> list[str]:
     """Write the packed form of an allocation.
 
     Args:
         folder: where.
         database: holds the levels.
         levels: unit to level name.
-        stored: a unit's weight as it is kept where it has no kernel: (out, in).
     Returns:
         the units whose level has no kernel.
     """
@@ -58,15 +68,10 @@ def save_packed(
 
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    without = []
-    for unit, name in levels.items():
-        level = database.level(unit, name)
-        packed = pack_level(level)
-        if packed is None:
-            without.append(unit)
-            packed = Dense(level.shape, stored(unit))
+    for unit, packed in pack_units(database, levels).items():
         settings[unit] = packed.settings
         tensors |= {f"{unit}/{part}": tensor.contiguous() for part, tensor in packed.tensors.items()}
+    without = [unit for unit in levels if settings.get(unit, {}).get("format") in (None, Dense.format)]
     save_file({name: tensors[name] for name in sorted(tensors)}, folder / TENSORS)
     document = {"units": settings, "no_kernel": without}
     (folder / SETTINGS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -106,5 +111,7 @@ def load_packed(source: ModelSource, folder: Path, choose: Choose | None = None)
     """
     from layerwise.kernels.linear import replace_linears
     from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.compressed import source_of
 
-    return replace_linears(CausalLM.load(source).model, read_packed(folder), choose)
+    network = CausalLM.load(source_of(folder, source))
+    return replace_linears(network.model, read_packed(folder), choose)

@@ -1,102 +1,34 @@
-"""Layer statistics from calibration text: the Hessian of each unit's inputs, one block at a time.
+"""The statistics artifact, read: what `calibrate` knows of each unit.
 
-The hidden states of all calibration sequences stand before one block; the block runs on them batch by batch while hooks
-add up `H = X X^T` for every distinct input; the results replace the hidden states, the Hessians go to disk, and the
-next block follows. So memory holds the hidden states once and the Hessians of one block, whatever the depth. Units that
-read the same tensor (q, k and v) share one Hessian. Sums are in float32 and in a fixed order: same bytes every time.
+statistics.json                         the survey of the model, which units were looked at, what was gathered
+<statistic>/part-<number>.safetensors   one file for each part of the network; see `collect.statistic_file`
+model/                                  the model that they are of, if it is not the workflow's
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from layerwise.errors import UsageError
+from layerwise.stages.calibrate import find_statistic
+from layerwise.stages.contract import ModelSource
+from layerwise.stages.models.compressed import source_of
+from layerwise.stages.models.network import Unit
+from layerwise.stages.models.survey import Survey
 
-from layerwise.results.durable import settle_file
-from layerwise.stages.models.causal_lm import CausalLM, Unit
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-def collect(
-    model: CausalLM,
-    units: Sequence[Unit],
-    sequences: Tensor,
-    folder: Path,
-    *,
-    batch_size: int,
-) -> dict[str, str]:
-    """Write one file of Hessians per block.
-
-    Args:
-        model: the dense model.
-        units: the units to take statistics for.
-        sequences: (sequences, length) int64.
-        folder: gets `block-<index>.safetensors` with float32 (in, in) tensors, named by the first unit that reads
-            the input.
-        batch_size: sequences that run at a time.
-    Returns:
-        unit name to the name of its Hessian.
-    """
-    batches = sequences.split(batch_size)
-    hidden = [model.embed(batch).hidden for batch in batches]
-    aliases: dict[str, str] = {}
-    for index in range(len(model.blocks)):
-        members = [unit for unit in units if unit.block == index]
-        with _HessianHooks(model, members) as hooks:
-            for number, batch in enumerate(batches):
-                # Masks and positions are made anew for each block: cheap, and of the size of the hidden states if kept.
-                hidden[number] = model.run_block(index, hidden[number], model.embed(batch))
-        save_file(hooks.hessians, folder / "unfinished")
-        settle_file(folder / "unfinished", folder / f"block-{index}.safetensors")
-        aliases |= hooks.aliases
-    return aliases
-
-
-class _HessianHooks:
-    """Adds up `X X^T` for the inputs of some linear layers while a block runs."""
-
-    def __init__(self, model: CausalLM, units: Sequence[Unit]) -> None:
-        self.modules = {unit.name: model.module(unit.name) for unit in units}
-        self.hessians: dict[str, Tensor] = {}
-        self.aliases: dict[str, str] = {}
-        self._owners: dict[int, tuple[str, Tensor]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> _HessianHooks:
-        for name, module in self.modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._observe(name)))
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._owners.clear()
-
-    def _observe(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            X: Tensor = args[0]
-            owner, _ = self._owners.get(id(X), (None, None))
-            if owner is not None and self.aliases.get(name, owner) == owner:
-                self.aliases[name] = owner
-                return
-            # The tensor is kept, so that its id stays its own; the next call of the same unit replaces it.
-            self._owners = {key: kept for key, kept in self._owners.items() if kept[0] != name} | {id(X): (name, X)}
-            self.aliases[name] = name
-            rows = X.reshape(-1, X.shape[-1]).float()
-            H = rows.T @ rows
-            self.hessians[name] = self.hessians[name] + H if name in self.hessians else H
-
-        return observe
+INDEX = "statistics.json"
+MODEL = "model"
 
 
 class Statistics:
-    """A `calibrate` artifact: what it knows of each unit.
+    """A `calibrate` artifact.
 
     Args:
         folder: the artifact.
@@ -104,33 +36,76 @@ class Statistics:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index: dict[str, Any] = json.loads((folder / "units.json").read_text(encoding="utf-8"))
-        self.units: list[dict[str, Any]] = self.index["units"]
 
-    def hessian(self, unit: dict[str, Any]) -> Tensor:
-        """`X X^T` of a unit's inputs, (in, in) float32, summed over the calibration tokens."""
-        with safe_open(self.folder / f"block-{unit['block']}.safetensors", framework="pt") as file:
-            tensor: Tensor = file.get_tensor(unit["hessian"])
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """All of `statistics.json`."""
+        index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        return index
+
+    @cached_property
+    def survey(self) -> Survey:
+        """What there is in the model."""
+        return Survey.from_json(self.index["survey"])
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Names of the statistics."""
+        return tuple(self.index["gathered"])
+
+    @property
+    def selected(self) -> list[str]:
+        """Names of the units that were looked at."""
+        selected: list[str] = self.index["selected"]
+        return selected
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Tokens that reached each unit; a unit that is not named was never reached."""
+        counts: Mapping[str, int] = self.index["counts"]
+        return counts
+
+    def model(self, workflow: ModelSource) -> ModelSource:
+        """The model that they are of."""
+        return source_of(self.folder / MODEL, workflow)
+
+    def tensor(self, unit: Unit, statistic: str) -> Tensor:
+        """A statistic of a unit; see the statistic's module for its shape.
+
+        Raises:
+            UsageError: it was not gathered, or not for this unit.
+        """
+        from safetensors import safe_open
+
+        from layerwise.stages.calibrate.collect import statistic_file
+
+        if statistic not in self.gathered:
+            raise UsageError(
+                f"the statistics have no {statistic}, only {', '.join(self.gathered) or 'none'}",
+                hint=f"add {statistic} to `statistics` of the calibrate stage, or leave that to the menu",
+            )
+        if unit.name not in self.selected:
+            raise UsageError(
+                f"unit {unit.name} was not calibrated", hint="add it to `targets` of the calibrate stage, too"
+            )
+        kind = find_statistic(statistic)
+        owner = self.index["owners"].get(unit.name) if kind.of == "inputs" else unit.name
+        path = statistic_file(self.folder, statistic, unit.positions[-1])
+        if owner is None or not path.is_file():
+            return kind.neutral(unit, self.index["n_tokens"] if not unit.multiplied else 0)
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(owner) if owner in file.keys() else kind.neutral(unit, 0)  # noqa: SIM118
             return tensor
 
+    def hidden(self, position: int) -> tuple[Tensor, Tensor]:
+        """Token ids (sequences, length), and the hidden states before a block or after the last, (sequences, length,
+        width); memory-mapped where one shard holds all."""
+        import torch
+        from safetensors.torch import load_file
 
-def describe(unit: Unit, tensor: str, hessian: str) -> dict[str, Any]:
-    """A unit's entry in `units.json`.
-
-    Args:
-        unit: the unit.
-        tensor: name of its weight in the checkpoint.
-        hessian: name of its Hessian.
-    """
-    return {**asdict(unit), "shape": list(unit.shape), "tensor": tensor, "hessian": hessian}
-
-
-def add_up(parts: Sequence[Path], target: Path) -> None:
-    """The sum, tensor by tensor and in the order given, of safetensors files with the same names."""
-    total: dict[str, Tensor] = {}
-    for part in parts:
-        with safe_open(part, framework="pt") as file:
-            for name in sorted(file.keys()):
-                tensor = file.get_tensor(name)
-                total[name] = total[name] + tensor if name in total else tensor
-    save_file(total, target)
+        files = sorted(
+            (self.folder / "block_inputs").glob(f"part-{position + 1}-*.safetensors"),
+            key=lambda file: int(file.stem.rpartition("-")[2]),
+        )
+        parts = [load_file(file) for file in files]
+        return torch.cat([part["ids"] for part in parts]), torch.cat([part["hidden"] for part in parts])

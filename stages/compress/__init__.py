@@ -1,10 +1,9 @@
 """The methods that make levels: one file each, one line in `COMPRESSORS`.
 
-A compressor is a function `fn(weight, hessian, params) -> list[Level]` that makes all levels which its parameters ask
-for, of one unit, in one go:
+A compressor is a function `fn(task, params) -> {unit: levels}` that makes all levels which its parameters ask for, of
+one unit or, with scope `block`, of all units of a block, in one go:
 
-    weight   (out, in), any float dtype, as in the checkpoint; never changed
-    hessian  (in, in) `X Xᵀ`, or None; never changed
+    task     what it works on, a `Task`; never changed
     params   the class `Params` of the same file, a `MenuEntry`
 
 Other packages join through the entry point group `layerwise.compressors`, with the same `module:function` text.
@@ -15,24 +14,31 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from layerwise.errors import UsageError
 from layerwise.stages.contract import Params
+from layerwise.stages.models.network import Unit
 from layerwise.stages.registry import lookup, names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from layerwise.stages.compress.block_run import BlockRun
     from layerwise.stages.levels.level import Level
 
 COMPRESSORS = {
     "dense": "layerwise.stages.compress.dense:dense",
     "rtn": "layerwise.stages.compress.rtn:rtn",
     "gptq": "layerwise.stages.compress.gptq:gptq",
+    "gptq_sequential": "layerwise.stages.compress.gptq_sequential:gptq_sequential",
+    "magnitude": "layerwise.stages.compress.magnitude:magnitude",
+    "drop": "layerwise.stages.compress.drop:drop",
 }
+
+COMPRESSOR_GROUP = "layerwise.compressors"
 
 
 class MenuEntry(Params):
@@ -46,8 +52,11 @@ class MenuEntry(Params):
     impl: ClassVar[int] = 1
     """Raised by hand whenever the same inputs would give other levels; part of the stage's key."""
 
-    needs_hessian: ClassVar[bool] = False
-    """Whether the method asks for calibration."""
+    scope: ClassVar[Literal["unit", "block"]] = "unit"
+    """What a task is."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Statistics that the method reads, by their names in `layerwise.stages.calibrate.STATISTICS`."""
 
     @abstractmethod
     def level_names(self) -> list[str]:
@@ -57,25 +66,62 @@ class MenuEntry(Params):
         """Their bits per weight, if these too are known before; a budget out of reach is then refused at once."""
         return None
 
+    def parents(self) -> Collection[str]:
+        """Roles of parents that it makes levels for; none for a method that works on weights."""
+        return ()
+
+    def fallback(self) -> MenuEntry | None:
+        """What makes levels under the same names, in the same order, for a unit that too few tokens reached."""
+        return None
+
+    @property
+    def offers_unchanged(self) -> bool:
+        """Whether it makes no level, but lets a search take what the model has already."""
+        return False
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a compressor works on.
+
+    Args:
+        weights: by unit, (out, in), on the device of the work; any float dtype, as in the checkpoint.
+        statistic: of a unit and a name, read when it is asked for; only those that the method `needs`.
+        units: the units themselves, by name. A parent has no weight.
+        keep: by unit, (out, in) bool: what an earlier pruning left; a unit that was not pruned is not in it. A method
+            keeps the pruned weights at zero.
+        block: of scope `block`, its inputs, its answers in the dense model, and how to run it.
+    """
+
+    weights: Mapping[str, Tensor]
+    statistic: Callable[[str, str], Tensor]
+    units: Mapping[str, Unit]
+    keep: Mapping[str, Tensor] = field(default_factory=dict)
+    block: BlockRun | None = None
+
+    @property
+    def unit(self) -> str:
+        """The one unit of a task of scope `unit`."""
+        (name,) = self.units
+        return name
+
 
 @dataclass(frozen=True)
 class Compressor:
     """A method and the model of its parameters.
 
     Args:
-        name: what `method` says.
         params: checks a menu entry.
         run: makes the levels; see the module.
     """
 
-    name: str
     params: type[MenuEntry]
-    run: Callable[[Tensor, Tensor | None, Any], list[Level]]
+    run: Callable[[Task, Any], Mapping[str, list[Level]]]
 
 
 def compressor_names() -> list[str]:
     """Every method that a menu may name."""
-    return names(COMPRESSORS, "layerwise.compressors")
+    return names(COMPRESSORS, COMPRESSOR_GROUP)
 
 
 def find_compressor(name: str) -> Compressor:
@@ -84,8 +130,8 @@ def find_compressor(name: str) -> Compressor:
     Raises:
         UsageError: nobody offers it; names the nearest known one.
     """
-    run = lookup(name, COMPRESSORS, group="layerwise.compressors", kind="method")
+    run = lookup(name, COMPRESSORS, group=COMPRESSOR_GROUP, kind="method")
     params = getattr(sys.modules[run.__module__], "Params", None)
     if not (isinstance(params, type) and issubclass(params, MenuEntry)):
         raise UsageError(f"method '{name}': {run.__module__} has no class Params, a MenuEntry, beside its function")
-    return Compressor(name, params, run)
+    return Compressor(params, run)

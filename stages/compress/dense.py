@@ -1,14 +1,14 @@
-"""`dense`: the weight itself as a level, so that a search may leave a unit alone."""
+"""`dense`: lets a search leave a unit as it is. The level is there in any case, as every unit's first."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from layerwise.stages.compress import MenuEntry
-from layerwise.stages.levels.level import Level
+from layerwise.stages.compress import MenuEntry, Task
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from layerwise.stages.levels.level import Level
 
 
 class Params(MenuEntry):
@@ -17,24 +17,15 @@ class Params(MenuEntry):
     method: Literal["dense"] = "dense"
 
     def level_names(self) -> list[str]:
-        """`dense`."""
-        return ["dense"]
+        """None: it makes no level."""
+        return []
+
+    @property
+    def offers_unchanged(self) -> bool:
+        """This is what it is for."""
+        return True
 
 
-def dense(weight: Tensor, hessian: Tensor | None, params: Params) -> list[Level]:
-    """Keep the weight, in the dtype that it comes in.
-
-    Args:
-        weight: (out, in).
-        hessian: not read.
-    Returns:
-        one level.
-    Raises:
-        NotFinite: a weight is NaN or Inf.
-    """
-    from layerwise.stages.compress.grid import check_finite
-
-    check_finite("weight", weight)
-    rows, columns = weight.shape
-    recipe = {"encoding": "dense", "method": "dense", "dtype": str(weight.dtype).removeprefix("torch.")}
-    return [Level("dense", recipe, (rows, columns), {"weight": weight.detach().clone()})]
+def dense(task: Task, params: Params) -> Mapping[str, list[Level]]:
+    """Make nothing."""
+    return {unit: [] for unit in task.units}

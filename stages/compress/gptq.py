@@ -13,23 +13,25 @@ Three differences from the published code, none in the method:
   current block of 128 columns, which matters when a group is smaller than a block.
 - If the factorisation fails, damping rises in steps of 0.01, as GPTQModel does it; the recipe keeps what was used.
 
-Left out: grids found by search, and inputs taken from the already compressed model; that is up to calibration.
+Left out: grids found by search. Inputs of the already compressed block: `gptq_sequential`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
-from layerwise.errors import NotFinite, UsageError
-from layerwise.stages.compress.grid import GridParams, check_finite, dequantize, fit, grid_level, quantize
-from layerwise.stages.levels.level import Level
+from layerwise.errors import NotFinite
+from layerwise.stages.compress import Task, rtn
+from layerwise.stages.compress.grid import GridParams, check_finite, dequantize, fit, grid_or_masked, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from layerwise.stages.levels.level import Level
 
 DAMP_STEP = 0.01
 MAX_ELEMENTS = 1 << 24
@@ -57,29 +59,42 @@ class Params(GridParams):
         128, ge=1, description="columns between updates of all later ones; changes the speed, not the result"
     )
 
-    needs_hessian: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def _name_suffixes(self) -> list[str]:
         order = {False: [], True: ["act"], "static": ["static"]}[self.desc_act]
         return [*order, *([] if self.damp_percent == 0.01 else [f"damp{self.damp_percent:g}"])]
 
+    def fallback(self) -> rtn.Params:
+        """Rounding to nearest, on the same grid."""
+        return rtn.Params(bits=self.bits, group_size=self.group_size, sym=self.sym)
 
-def gptq(weight: Tensor, hessian: Tensor | None, params: Params) -> list[Level]:
+
+def gptq(task: Task, params: Params) -> Mapping[str, list[Level]]:
     """Make one level per bit-width, from one factorisation.
 
     Args:
-        weight: (out, in), any float dtype.
-        hessian: (in, in), `X Xᵀ` of the calibration inputs, any float dtype.
+        task: one unit with its Hessian.
     Returns:
         levels in the order of `params.bits`.
     Raises:
         NotFinite: NaN or Inf in the weight or the Hessian, a Hessian that is zero (no token reached the layer) or that
             no damping makes positive definite, or weights too large for a float16 scale.
-        UsageError: there is no Hessian.
     Source: GPTQ, arXiv:2210.17323, algorithm 1.
     """
-    if hessian is None:
-        raise UsageError("gptq needs calibration", hint="add a `calibrate` stage to what `compress` needs, or use rtn")
+    hessian = task.statistic(task.unit, "hessian")
+    return {task.unit: quantized(task.weights[task.unit], hessian, params, keep=task.keep.get(task.unit))}
+
+
+def quantized(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor | None = None) -> list[Level]:
+    """The levels of one weight.
+
+    Args:
+        weight: (out, in), any float dtype; not changed.
+        hessian: (in, in), `X Xᵀ` of the calibration inputs, any float dtype; not changed.
+        keep: (out, in) bool: weights that are not pruned. Pruned ones stay zero, and what that costs is made up for
+            by the columns to come, as SparseGPT does it (arXiv:2301.00774, algorithm 1).
+    """
     check_finite("weight", weight)
     check_finite("Hessian", hessian)
     W, H = weight.detach().double().T.clone(), hessian.detach().double().clone()  # W: (in, out), a row per column
@@ -91,10 +106,10 @@ def gptq(weight: Tensor, hessian: Tensor | None, params: Params) -> list[Level]:
 
     plan = _plan(H, params)
     U, damp_percent_used = inverse_factor(H[plan.order][:, plan.order], params.damp_percent)
-    codes, scale, zero = _quantize_rows(W[plan.order], U, plan, params)
+    codes, scale, zero = _quantize_rows(W[plan.order], U, plan, params, None if keep is None else keep.T[plan.order])
     codes = codes[plan.order.argsort()]
     recipe = {
-        "method": "gptq",
+        "method": params.method,
         "group_size": params.group_size,
         "sym": params.sym,
         "desc_act": params.desc_act,
@@ -103,13 +118,14 @@ def gptq(weight: Tensor, hessian: Tensor | None, params: Params) -> list[Level]:
         "block_size": params.block_size,
     }
     return [
-        grid_level(
+        grid_or_masked(
             name,
             recipe | {"bits": bits},
             codes[:, b].T,
             scale=scale[:, b].T,
             zero=zero[:, b].T,
             group=plan.stored_groups,
+            keep=keep,
         )
         for b, (name, bits) in enumerate(zip(params.level_names(), params.bits, strict=True))
     ]
@@ -179,17 +195,25 @@ def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     raise NotFinite("the Hessian is not positive definite, whatever the damping", hint="calibrate again")
 
 
-def _quantize_rows(W: Tensor, U: Tensor, plan: _Plan, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_rows(
+    W: Tensor, U: Tensor, plan: _Plan, params: Params, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`_quantize`, for as many rows of the weight at a time as memory allows; they do not depend on each other."""
     import torch
 
     rows = max(1, MAX_ELEMENTS // (len(W) * len(params.bits)))
-    parts = [_quantize(part, U, plan, params) for part in torch.split(W, rows, dim=1)]
+    kept = [None] * len(range(0, W.shape[1], rows)) if keep is None else torch.split(keep, rows, dim=1)
+    parts = [
+        _quantize(part, U, plan, params, part_kept)
+        for part, part_kept in zip(torch.split(W, rows, dim=1), kept, strict=True)
+    ]
     codes, scale, zero = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     return codes, scale, zero
 
 
-def _quantize(weight: Tensor, U: Tensor, plan: _Plan, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(
+    weight: Tensor, U: Tensor, plan: _Plan, params: Params, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """GPTQ's recursion, for all bit-widths side by side.
 
     Columns of the weight are rows here, so that each is contiguous.
@@ -197,14 +221,18 @@ def _quantize(weight: Tensor, U: Tensor, plan: _Plan, params: Params) -> tuple[T
     Args:
         weight: (in, out), columns in the plan's order.
         U: (in, in), from `inverse_factor`, in the same order.
+        keep: (in, out) bool in the same order: weights that are not pruned.
     Returns:
         codes (in, bit-widths, out) uint8, scale and zero (groups, bit-widths, out).
+    Source: GPTQ, arXiv:2210.17323, algorithm 1. Its outer loop is over blocks, `err` is its E, U its (H⁻¹) after the
+        Cholesky factorisation.
     """
     import torch
 
     columns = len(weight)
     max_code = torch.tensor([[2**bits - 1] for bits in params.bits], dtype=weight.dtype, device=weight.device)
     W = weight[:, None, :].repeat(1, len(params.bits), 1)
+    kept = None if keep is None else keep[:, None, :].to(W.dtype)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     scale = W.new_empty((len(plan.members), *W.shape[1:]))
     zero = torch.empty_like(scale)
@@ -218,14 +246,14 @@ def _quantize(weight: Tensor, U: Tensor, plan: _Plan, params: Params) -> tuple[T
         err = torch.empty_like(flat[start:end])
         for j in range(start, end):
             for g in plan.fits.get(j, ()):
-                members = W[plan.members[g]]
+                members = W[plan.members[g]] if kept is None else W[plan.members[g]] * kept[plan.members[g]]
                 scale[g], zero[g] = fit(members.amin(0), members.amax(0), max_code, params.sym)
             g = groups[j]
-            q = quantize(W[j], scale[g], zero[g], max_code)
-            codes[j] = q
-            err[j - start] = ((W[j] - dequantize(q, scale[g], zero[g])) / U[j, j]).view(-1)
-            flat[j + 1 : end].addr_(U[j, j + 1 : end], err[j - start], alpha=-1)
-        flat[end:].addmm_(U[start:end, end:].T, err, alpha=-1)
+            codes[j] = q = quantize(W[j], scale[g], zero[g], max_code)
+            Q = dequantize(q, scale[g], zero[g]) if kept is None else dequantize(q, scale[g], zero[g]) * kept[j]
+            err[j - start] = ((W[j] - Q) / U[j, j]).view(-1)  # E = (W - Q) / [H⁻¹]_jj
+            flat[j + 1 : end].addr_(U[j, j + 1 : end], err[j - start], alpha=-1)  # W -= E [H⁻¹]_j, within the block
+        flat[end:].addmm_(U[start:end, end:].T, err, alpha=-1)  # and beyond it
     if not W.isfinite().all():
         raise NotFinite("the corrections of GPTQ overflow: the Hessian is close to singular", hint="raise damp_percent")
     return codes, scale, zero

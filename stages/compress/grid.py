@@ -16,10 +16,11 @@ from pydantic import AliasChoices, BeforeValidator, Field, field_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry
-from layerwise.stages.levels.level import Level
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from layerwise.stages.levels.level import Level
 
 SMALLEST_SCALE = 2.0**-24
 """Least positive float16: a subnormal, which decodes as exactly as any other. Groups of zeros get it, and groups so
@@ -131,34 +132,30 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (codes - zero) * scale
 
 
-def grid_level(
-    name: str, recipe: dict[str, Any], codes: Tensor, *, scale: Tensor, zero: Tensor, group: Tensor | None = None
+def grid_or_masked(
+    name: str,
+    recipe: dict[str, Any],
+    codes: Tensor,
+    *,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Level:
-    """Encode codes and grids as a level.
+    """Encode codes and grids as a level: as `grid_level`, or with a mask where an earlier pruning left one.
 
     Args:
-        name: the level's.
-        recipe: with `method`, `bits`, `group_size` and `sym`; `encoding` is added.
-        codes: (out, in), whole numbers of any dtype.
-        scale, zero: (out, groups).
-        group: (in,), the group of each column if columns are not grouped in their order.
+        name, recipe, codes, scale, zero, group: as of `layerwise.stages.levels.grid.grid_level`.
+        keep: (out, in) bool.
     Raises:
         NotFinite: a scale is too large for float16.
     """
-    import torch
+    from layerwise.stages.levels.grid import grid_level
+    from layerwise.stages.levels.masked_grid import masked_grid_level
 
-    from layerwise.kernels.packing import pack
-
-    if not scale.isfinite().all():
-        raise NotFinite(f"level {name}: a group's weights are too large for a float16 scale")
-    bits = recipe["bits"]
-    tensors = {"codes": pack(codes.to(torch.uint8), bits), "scale": scale.half().contiguous()}
-    if not recipe["sym"]:
-        tensors["zero"] = pack(zero.to(torch.uint8), bits)
-    if group is not None:
-        tensors["g_idx"] = group.to(torch.int32)
-    rows, columns = codes.shape
-    return Level(name, {"encoding": "grid", **recipe}, (rows, columns), tensors)
+    if keep is None:
+        return grid_level(name, recipe, codes, scale=scale, zero=zero, group=group)
+    return masked_grid_level(name, recipe, codes, keep=keep, scale=scale, zero=zero, group=group)
 
 
 def check_finite(what: str, tensor: Tensor) -> None:

@@ -5,13 +5,14 @@ The baseline that needs no data. It shares its grid with GPTQ, and with a diagon
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from layerwise.stages.compress.grid import GridParams, check_finite, fit, grid_level, quantize
-from layerwise.stages.levels.level import Level
+from layerwise.stages.compress import Task
+from layerwise.stages.compress.grid import GridParams, check_finite, fit, grid_or_masked, quantize
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from layerwise.stages.levels.level import Level
 
 
 class Params(GridParams):
@@ -20,12 +21,9 @@ class Params(GridParams):
     method: Literal["rtn"] = "rtn"
 
 
-def rtn(weight: Tensor, hessian: Tensor | None, params: Params) -> list[Level]:
+def rtn(task: Task, params: Params) -> Mapping[str, list[Level]]:
     """Make one level per bit-width.
 
-    Args:
-        weight: (out, in), any float dtype.
-        hessian: not read.
     Returns:
         levels in the order of `params.bits`.
     Raises:
@@ -33,6 +31,7 @@ def rtn(weight: Tensor, hessian: Tensor | None, params: Params) -> list[Level]:
     """
     from torch.nn.functional import pad
 
+    weight = task.weights[task.unit]
     check_finite("weight", weight)
     rows, columns = weight.shape
     group_size = params.columns_per_group(columns)
@@ -44,5 +43,5 @@ def rtn(weight: Tensor, hessian: Tensor | None, params: Params) -> list[Level]:
         scale, zero = fit(W.amin(2), W.amax(2), max_code, params.sym)
         codes = quantize(W, scale[..., None], zero[..., None], max_code).view(rows, -1)[:, :columns]
         recipe = {"method": "rtn", "bits": bits, "group_size": params.group_size, "sym": params.sym}
-        levels.append(grid_level(name, recipe, codes, scale=scale, zero=zero))
-    return levels
+        levels.append(grid_or_masked(name, recipe, codes, scale=scale, zero=zero, keep=task.keep.get(task.unit)))
+    return {task.unit: levels}

@@ -1,7 +1,8 @@
 """One model replica that scores allocations: the inner loop of every search.
 
-- Levels are swapped by pointer, block by block: decoded weights live in a bounded cache over the memory-mapped
-  database, and no more than one block is held beside it.
+- Levels are swapped by pointer, part by part: decoded weights live in a bounded cache over the memory-mapped database,
+  and no more than one part of the network is held beside it. A half-block that is dropped answers zero, a block that is
+  dropped is not run.
 - Candidates of a batch form a prefix tree: sorted by genome, blocks that neighbours share are computed once, depth
   first, so memory is one hidden state per block.
 - The dense model's answer on the same tokens is kept from the first use if it fits, else recomputed.
@@ -14,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,20 +23,27 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NotFinite
-from layerwise.stages.evaluate.scoring import DENSE, Measurement, Request, Score
+from layerwise.stages.evaluate.scoring import Genome, Measurement, Request, Score
 from layerwise.stages.models.causal_lm import CausalLM, Stream
+from layerwise.stages.models.installed import installed, laid_out
+from layerwise.stages.models.network import BEGIN, Unit
 
 
 class LevelSource(Protocol):
-    """Weights by unit and level index: a database, or compressed models."""
+    """Weights by unit and level index: a database, or compressed models. Level 0 is what the network has already."""
 
     @property
     def unit_names(self) -> tuple[str, ...]:
-        """The units of a genome, in its order."""
+        """The units of a genome, in its order: by first use, so that neighbours in the order of genomes share
+        blocks."""
         ...
 
     def weight(self, unit: str, level: int) -> Tensor | None:
-        """A unit's weight as the model holds it (GPT-2's Conv1D: transposed); None for its own dense one."""
+        """The dense weight of a level, (out, in); None for what the network has already."""
+        ...
+
+    def drops(self, unit: str, level: int) -> bool:
+        """Whether a level leaves a parent out."""
         ...
 
 
@@ -44,32 +51,35 @@ class Evaluator:
     """A loaded model with its database and text.
 
     Args:
-        model: the dense model; its weights are put back after every call.
+        network: the model that levels are swapped in; its weights are put back after every call.
         sequences: (sequences, length) int64 token ids.
         levels: where the weights of levels come from.
+        reference: the model that candidates are compared with; the network as it is, if left out.
         batch_tokens: tokens that run at a time; at least one sequence.
         cache_bytes: for decoded weights.
-        reference_bytes: for the dense model's logits; what does not fit is computed again at each use.
+        reference_bytes: for the reference's logits; what does not fit is computed again at each use.
     """
 
     def __init__(
         self,
-        model: CausalLM,
+        network: CausalLM,
         sequences: Tensor,
         levels: LevelSource,
         *,
+        reference: CausalLM | None = None,
         batch_tokens: int = 2048,
         cache_bytes: int = 512 << 20,
         reference_bytes: int = 256 << 20,
     ) -> None:
-        self.model, self.sequences, self.levels = model, sequences, levels
+        self.network, self.sequences, self.levels = network, sequences, levels
+        self.reference = network if reference is None else reference
         self.batch_size = max(1, batch_tokens // sequences.shape[1])
-        by_name = {unit.name: unit for unit in model.units}
+        by_name = {unit.name: unit for unit in (*network.units, *network.parents)}
         self.units = [by_name[name] for name in levels.unit_names]
-        self.dense = [model.weight(unit).data for unit in self.units]
         self._members: dict[int, list[int]] = defaultdict(list)
         for index, unit in enumerate(self.units):
-            self._members[unit.block].append(index)
+            for position in unit.positions:
+                self._members[position].append(index)
         self._cache = _Bounded(cache_bytes)
         self._references = _Bounded(reference_bytes)
 
@@ -79,21 +89,17 @@ class Evaluator:
         Returns:
             one score per genome. A candidate whose logits are not finite gets None, which never wins anything.
         Raises:
-            NotFinite: the dense model itself gives NaN or Inf.
+            NotFinite: the reference itself gives NaN or Inf.
         """
         chosen, length = self._choose(request.tokens, request.draw)
         order = sorted(range(len(request.genomes)), key=request.genomes.__getitem__)
         found: list[dict[str, list[Tensor]]] = [{metric: [] for metric in request.metrics} for _ in order]
         for batch in chosen.split(self.batch_size):
             ids = self.sequences[batch, :length]
-            stream = self.model.embed(ids)
-            reference = _Reference(self._reference(tuple(batch.tolist()), length, stream))
-            states = [stream.hidden]  # states[b] is the hidden state before block b
-            previous: tuple[int, ...] | None = None
+            reference = _Reference(self._reference(tuple(batch.tolist()), ids))
+            walk = _Walk(self, ids)
             for number in order:
-                genome = request.genomes[number]
-                logits = self._run(genome, previous, states, stream)
-                previous = genome
+                logits = walk.to(request.genomes[number])
                 for metric, values in _measure(logits, reference, ids, request.metrics).items():
                     found[number][metric].append(values)
         return [
@@ -113,60 +119,95 @@ class Evaluator:
         generator = np.random.Generator(np.random.Philox(key=draw))
         return torch.from_numpy(np.sort(generator.permutation(total)[:total_wanted])), length
 
-    def _run(
-        self, genome: tuple[int, ...], previous: tuple[int, ...] | None, states: list[Tensor], stream: Stream
-    ) -> Tensor:
-        """Logits of one candidate, reusing the hidden states before the first block where it differs."""
-        if previous is not None and genome == previous:
-            first = len(self.model.blocks)
-        elif previous is None:
-            first = 0
-        else:
-            changed = (unit.block for unit, a, b in zip(self.units, genome, previous, strict=True) if a != b)
-            first = min(changed)
-        del states[first + 1 :]
-        for block in range(first, len(self.model.blocks)):
-            with self._levels_in(block, genome):
-                states.append(self.model.run_block(block, states[block], stream))
-        return self.model.head(states[-1], stream)
+    def changed_weights(self, position: int, genome: Genome) -> dict[Unit, Tensor]:
+        """The weights of a genome in one part of the network, where they are not the network's own."""
+        weights = {}
+        for index in self._members[position]:
+            unit = self.units[index]
+            if genome[index] and not unit.is_parent:
+                decoded = self._decoded(index, genome[index])
+                if decoded is not None:
+                    weights[unit] = decoded
+        return weights
 
-    @contextmanager
-    def _levels_in(self, block: int, genome: Sequence[int]) -> Iterator[None]:
-        """A genome's levels in one block, and its own weights again afterwards: beside the cache, no more than one
-        block is ever held decoded."""
-        members = [index for index in self._members[block] if genome[index] != DENSE]
-        try:
-            for index in members:
-                self.model.weight(self.units[index]).data = self._decoded(index, genome[index])
-            yield
-        finally:
-            for index in members:
-                self.model.weight(self.units[index]).data = self.dense[index]
+    def dropped(self, position: int, genome: Genome) -> list[Unit]:
+        """The parents that a genome leaves out in one block."""
+        members = [index for index in self._members[position] if self.units[index].is_parent]
+        return [self.units[index] for index in members if self.levels.drops(self.units[index].name, genome[index])]
 
-    def _decoded(self, index: int, level: int) -> Tensor:
+    def first_change(self, genome: Genome, previous: Genome) -> int:
+        """The first part of the network where two genomes differ; past the last one where they do not."""
+        pairs = zip(self.units, genome, previous, strict=True)
+        return min((unit.positions[0] for unit, a, b in pairs if a != b), default=self.network.n_blocks + 1)
+
+    def _decoded(self, index: int, level: int) -> Tensor | None:
         decoded = self._cache.get((index, level))
         if decoded is None:
-            dense = self.dense[index]
             weight = self.levels.weight(self.units[index].name, level)
-            decoded = dense if weight is None else weight.to(dense.dtype).contiguous()
+            if weight is None:
+                return None
+            decoded = laid_out(self.network, self.units[index], weight)
             self._cache.put((index, level), decoded)
         return decoded
 
-    def _reference(self, batch: tuple[int, ...], length: int, stream: Stream) -> Tensor:
-        """Logits of the dense model."""
-        logits = self._references.get((batch, length))
+    def _reference(self, batch: tuple[int, ...], ids: Tensor) -> Tensor:
+        """Logits of the model that candidates are compared with."""
+        key = batch, ids.shape[1]
+        logits = self._references.get(key)
         if logits is None:
+            stream = self.reference.begin(ids)
             hidden = stream.hidden
-            for block in range(len(self.model.blocks)):
-                hidden = self.model.run_block(block, hidden, stream)
-            logits = self.model.head(hidden, stream)
+            for block in range(self.reference.n_blocks):
+                hidden = self.reference.run_block(block, hidden, stream)
+            logits = self.reference.end(hidden, stream)
             if not torch.isfinite(logits).all():
                 raise NotFinite(
                     "the dense model gives NaN or Inf on this text",
                     hint="check its weights, or compute in a wider dtype (model: {dtype: float32})",
                 )
-            self._references.put((batch, length), logits)
+            self._references.put(key, logits)
         return logits
+
+
+class _Walk:
+    """One batch of tokens on its way from candidate to candidate: what two of them share is computed once.
+
+    Args:
+        evaluator: whose network runs.
+        ids: (batch, length).
+    """
+
+    def __init__(self, evaluator: Evaluator, ids: Tensor) -> None:
+        self.evaluator, self.network, self.ids = evaluator, evaluator.network, ids
+        self.previous: Genome | None = None
+        self.states: list[Tensor] = []  # states[b] is the hidden state before block b
+        self.stream: Stream | None = None
+        self.logits = torch.empty(0)
+
+    def to(self, genome: Genome) -> Tensor:
+        """Logits of one candidate, reusing what comes before the first part where it differs from the one before."""
+        first = BEGIN if self.previous is None else self.evaluator.first_change(genome, self.previous)
+        self.previous = genome
+        if first > self.network.n_blocks:
+            return self.logits
+        if first == BEGIN or self.stream is None:
+            with installed(self.network, self.evaluator.changed_weights(BEGIN, genome)):
+                self.stream = self.network.begin(self.ids)
+            self.states = [self.stream.hidden]
+        del self.states[max(0, first) + 1 :]
+        for block in range(max(0, first), self.network.n_blocks):
+            self.states.append(self._run(block, genome, self.stream))
+        with installed(self.network, self.evaluator.changed_weights(self.network.n_blocks, genome)):
+            self.logits = self.network.end(self.states[-1], self.stream)
+        return self.logits
+
+    def _run(self, block: int, genome: Genome, stream: Stream) -> Tensor:
+        dropped = self.evaluator.dropped(block, genome)
+        if any(parent.role == "block" for parent in dropped):
+            return self.states[block]
+        weights = self.evaluator.changed_weights(block, genome)
+        with installed(self.network, weights), self.network.without(dropped):
+            return self.network.run_block(block, self.states[block], stream)
 
 
 class _Reference:

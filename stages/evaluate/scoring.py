@@ -19,9 +19,6 @@ from typing import Any
 from layerwise.stages.contract import Context, ModelSource, Replicas
 from layerwise.stages.data.text import Tokens
 
-DENSE = -1
-"""The genome entry of a unit that keeps its own weight."""
-
 METRICS = ("kl", "nll", "agreement")
 """What can be measured, each a mean over tokens: KL(dense || candidate) in nats, negative log-likelihood of the next
 token in nats (perplexity is its exponential), share of positions where both predict the same token."""
@@ -29,7 +26,7 @@ token in nats (perplexity is its exponential), share of positions where both pre
 _GREATEST_EXPONENT = math.log(sys.float_info.max)
 
 Genome = tuple[int, ...]
-"""Level index of every unit, in the database's order, or DENSE."""
+"""Level index of every unit, in the database's order; 0 is what the model has already."""
 
 Measurement = dict[str, Any]
 """`mean` and `stderr` over sequences (None where not finite), `n_tokens` read, and, on request, `sequences`: the mean
@@ -72,11 +69,13 @@ def evaluator_factory(
 ) -> Callable[[], Callable[[tuple[Request, ...]], list[Score]]]:
     """What `Executor.replicas` takes: loads a model, text and levels on a worker.
 
+    Candidates are compared with the workflow's dense model, whatever model the levels are of.
+
     Args:
         context: the stage's.
         tokens: from `layerwise.stages.data.text.tokenized`.
         database: genomes choose levels of this database, or
-        models: compressed models, in which case level i of every unit is that of model i.
+        models: compressed models of one dense model, in which case level i + 1 of every unit is that of model i.
         batch_tokens: tokens that run at a time.
     """
     return partial(_open_evaluator, context.model, tokens, database, tuple(models), batch_tokens)
@@ -85,14 +84,17 @@ def evaluator_factory(
 def _open_evaluator(
     model: ModelSource, tokens: Tokens, database: Path | None, models: tuple[Path, ...], batch_tokens: int
 ) -> Callable[[tuple[Request, ...]], list[Score]]:
-    from layerwise.stages.apply.model import AppliedModels
     from layerwise.stages.data.text import load_sequences
     from layerwise.stages.evaluate.evaluator import Evaluator
+    from layerwise.stages.evaluate.model_levels import ModelLevels
     from layerwise.stages.levels.database import Database
     from layerwise.stages.models.causal_lm import CausalLM
 
-    levels = Database(database) if database else AppliedModels(models)
-    evaluator = Evaluator(CausalLM.load(model), load_sequences(tokens), levels, batch_tokens=batch_tokens)
+    levels = Database(database, model) if database else ModelLevels(models)
+    source = levels.model(model)
+    network = CausalLM.load(source)
+    reference = network if source == model else CausalLM.load(model)
+    evaluator = Evaluator(network, load_sequences(tokens), levels, reference=reference, batch_tokens=batch_tokens)
     return lambda requests: evaluator(_united(requests))
 
 

@@ -8,17 +8,17 @@ rows can be compared in pairs.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from layerwise.errors import UsageError
 from layerwise.stages.allocate.allocation import check_database, load_allocations
-from layerwise.stages.apply.model import AppliedModel, AppliedModels
 from layerwise.stages.contract import Context, Params, Port, Row, Stage
 from layerwise.stages.data.text import Tokens, tokenized
+from layerwise.stages.evaluate.model_levels import ModelLevels
 from layerwise.stages.evaluate.scoring import (
-    DENSE,
     Genome,
     Measurement,
     Request,
@@ -28,6 +28,7 @@ from layerwise.stages.evaluate.scoring import (
     score,
 )
 from layerwise.stages.levels.database import DatabaseIndex
+from layerwise.stages.models.compressed import CompressedModel
 from layerwise.stages.quantities import Count
 
 Metric = Literal["perplexity", "kl", "agreement"]
@@ -60,8 +61,8 @@ def evaluate(context: Context, params: EvaluateParams) -> None:
     found: dict[str, Score] = {}
     if context.inputs["allocations"]:
         found |= _score(context, params, tokens, *_allocations(context), note="allocations")
-    if context.inputs["models"]:
-        found |= _score(context, params, tokens, *_models(context), note="models")
+    for number, folder in enumerate(context.inputs["models"]):
+        found |= _score(context, params, tokens, *_model(context, folder), note=f"model {number + 1}")
     (context.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     context.record(
         "metrics",
@@ -85,20 +86,23 @@ def _allocations(context: Context) -> tuple[dict[str, Genome], Levels]:
     index = DatabaseIndex(database)
     allocations = [allocation for folder in context.inputs["allocations"] for allocation in load_allocations(folder)]
     check_database(allocations, index)
-    genomes: dict[str, Genome] = {"dense": (DENSE,) * len(index.units)}
-    genomes |= {allocation.candidate: allocation.genome for allocation in allocations}
+    genomes: dict[str, Genome] = {allocation.candidate: allocation.genome for allocation in allocations}
+    if index.model(context.model) == context.model:
+        genomes = {"dense": (0,) * len(index.units), **genomes}
     return genomes, {"database": database}
 
 
-def _models(context: Context) -> tuple[dict[str, Genome], Levels]:
-    """The same for compressed models; they go by `<candidate>@model`, for their weights are rounded to the checkpoint's
-    dtype and may be repaired, so that their figures are not those of the allocation."""
-    folders = context.inputs["models"]
-    units = len(AppliedModels(folders).unit_names)
-    names = [f"{AppliedModel(folder).allocation['candidate']}@model" for folder in folders]
-    numbers = range(len(folders))
-    genomes = {"dense": (DENSE,) * units, **{name: (n,) * units for name, n in zip(names, numbers, strict=True)}}
-    return genomes, {"models": folders}
+def _model(context: Context, folder: Path) -> tuple[dict[str, Genome], Levels]:
+    """The same for a model. One made from an allocation goes by `<candidate>@model`, for what is written may differ
+    from what was searched; one that is as dense as the workflow's, but transformed, by the name of its transform."""
+    model, levels = CompressedModel(folder), ModelLevels([folder])
+    units = len(levels.unit_names)
+    about = model.document.about
+    name = f"{about['allocation']['candidate']}@model" if "allocation" in about else str(about["transform"])
+    genomes: dict[str, Genome] = {name: (1,) * units}
+    if levels.model(context.model) == context.model:
+        genomes = {"dense": (0,) * units, **genomes}
+    return genomes, {"models": [folder]}
 
 
 def _score(

@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerwise.errors import NoisyMeasurement
-from layerwise.stages.levels.pack import kind
+from layerwise.stages.levels.level import find_encoding
 
 if TYPE_CHECKING:
     from layerwise.kernels.dispatch import Choice
+    from layerwise.stages.levels.database import LevelEntry, UnitEntry
 
 Shape = tuple[int, int]
 """(out, in)."""
@@ -45,25 +46,32 @@ class Rest:
     ms_per_byte: float
 
 
-def of_level(unit: Mapping[str, Any], level: Mapping[str, Any]) -> tuple[Shape, str]:
+def is_timed(unit: UnitEntry, level: LevelEntry) -> bool:
+    """Whether a level has a time of its own: one that may be chosen, of a linear layer.
+
+    What else there is (experts, a tied head, parents) runs decoded, as a part of the rest of the model; a dropped
+    parent saves the times of the layers inside it.
+    """
+    return unit.unit.replaceable and level.usable and level.offered
+
+
+def of_level(unit: UnitEntry, level: LevelEntry) -> tuple[Shape, str]:
     """The key of a level in `Choices`."""
-    n, k = unit["shape"]
-    return (n, k), kind(level["recipe"])
+    assert level.recipe is not None, "only levels that were made are timed"
+    return unit.shape, find_encoding(level.recipe["encoding"]).label(level.recipe)
 
 
-def fastest_levels(units: Sequence[Mapping[str, Any]], choices: Choices) -> dict[str, str]:
+def fastest_levels(units: Sequence[UnitEntry], choices: Choices) -> dict[str, str]:
     """For each unit the level whose product takes least, of equals the one with the fewest bytes."""
     found = {}
     for unit in units:
-        rows = {
-            level["level"]: choices[of_level(unit, level)].row for level in unit["levels"] if level["status"] == "ok"
-        }
+        rows = {level.name: choices[of_level(unit, level)].row for level in unit.levels if is_timed(unit, level)}
         if rows:
-            found[unit["unit"]] = min(rows, key=lambda name: (rows[name].median_ms, rows[name].size_bytes))
+            found[unit.name] = min(rows, key=lambda name: (rows[name].median_ms, rows[name].size_bytes))
     return found
 
 
-def fit_rest(units: Sequence[Mapping[str, Any]], choices: Choices, dense_ms: float, fast_ms: float) -> Rest:
+def fit_rest(units: Sequence[UnitEntry], choices: Choices, dense_ms: float, fast_ms: float) -> Rest:
     """The line through two models.
 
     Args:
@@ -75,12 +83,7 @@ def fit_rest(units: Sequence[Mapping[str, Any]], choices: Choices, dense_ms: flo
         NoisyMeasurement: products take longer than the forward pass that they are a part of.
     """
     fastest, alone = fastest_levels(units, choices), charge(choices, Rest(0.0, 0.0))
-    keys = [
-        of_level(unit, level)
-        for unit in units
-        for level in unit["levels"]
-        if level["level"] == fastest.get(unit["unit"])
-    ]
+    keys = [of_level(unit, level) for unit in units for level in unit.levels if level.name == fastest.get(unit.name)]
     dense_rest = dense_ms - math.fsum(choices[key].dense.median_ms for key in keys)
     fast_rest = fast_ms - math.fsum(alone[key] for key in keys)
     if min(dense_rest, fast_rest) <= 0:

@@ -67,23 +67,39 @@ def time_packed(
 
 
 def _packed(work: ForwardPass, database: Path, levels: Mapping[str, str | None], table: Path, exact: bool) -> Any:
+    """A model with some units at some levels; at None, a unit runs as the dense weight that the model has.
+
+    Linear layers run on kernels; whatever else has a level gets the weight that it decodes to.
+    """
     from layerwise.kernels.dense import Dense
     from layerwise.kernels.dispatch import Dispatcher
     from layerwise.kernels.latency_table import LatencyTable
     from layerwise.kernels.linear import replace_linears
     from layerwise.stages.apply.packed import pack_units
-    from layerwise.stages.levels.database import Database
+    from layerwise.stages.levels.database import UNCHANGED, Database
     from layerwise.stages.models.causal_lm import CausalLM
 
     here = this_device(work.device)
     dispatcher = Dispatcher(LatencyTable.load(table, here), here, exact=exact)
-    model = CausalLM.load(work.model)
-    packed = pack_units(Database(database), {unit: level for unit, level in levels.items() if level is not None})
-    for unit in model.units:
-        if unit.name in levels and unit.name not in packed:
-            weight = model.weight(unit).data
-            packed[unit.name] = Dense(unit.shape, (weight.T if unit.transposed else weight).contiguous())
-    return replace_linears(model.model, packed, dispatcher)
+    known = Database(database, work.model)
+    network = CausalLM.load(known.model(work.model))
+    units = {unit.name: unit for unit in network.units}
+    chosen = {unit: level for unit, level in levels.items() if level is not None}
+    packed = pack_units(known, chosen)
+    for name in levels:
+        if name in units and units[name].replaceable and name not in packed:
+            packed[name] = Dense(units[name].shape, network.weight(units[name]).contiguous())
+    dropped = []
+    for name, level in chosen.items():
+        entry = known.index.by_name[name]
+        if name in packed or level == entry.levels[UNCHANGED].name:
+            continue
+        if entry.is_parent:
+            dropped.append(name)
+        else:
+            network.overwrite(entry.unit, known.level(name, level).decode())
+    network.leave_out(dropped)
+    return replace_linears(network.model, packed, dispatcher)
 
 
 def _forward(model: Any, work: ForwardPass) -> Callable[[], object]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+TABLE = "table.json"
+"""File of a `latency` artifact: every backend's time, as `layerwise.kernels.latency_table` keeps them."""
+
 WHOLE = 10
 """How many times longer the windows of whole models are: one of 20 ms holds a forward pass or two of a small model."""
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from pydantic import Field
 
-from layerwise.stages.allocate.allocation import Allocation, CostTable, check_database, load_allocations, load_times
-from layerwise.stages.apply.stage import pick
+from layerwise.stages.allocate.allocation import Allocation, check_database, load_allocations
+from layerwise.stages.allocate.costs import CostTable, load_times
+from layerwise.stages.apply.pick import pick
 from layerwise.stages.contract import Context, Port, Row, Stage
 from layerwise.stages.latency.forward_pass import ForwardPass, time_loaded, time_packed
-from layerwise.stages.latency.machine import MeasureParams, fingerprint, one_by_one
-from layerwise.stages.latency.stage import TABLE
+from layerwise.stages.latency.machine import TABLE, MeasureParams, fingerprint, one_by_one
 from layerwise.stages.levels.database import DatabaseIndex
 
 DENSE = "dense"

@@ -25,21 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from layerwise.stages.contract import Context, Port, Row, Stage
-from layerwise.stages.latency.charging import Shape, charge, fastest_levels, fit_rest, of_level
+from layerwise.stages.contract import Context, ModelSource, Port, Row, Stage
+from layerwise.stages.latency.charging import Shape, charge, fastest_levels, fit_rest, is_timed, of_level
 from layerwise.stages.latency.forward_pass import ForwardPass, time_packed
-from layerwise.stages.latency.machine import MeasureParams, fingerprint, one_by_one
-from layerwise.stages.levels.database import DatabaseIndex
-from layerwise.stages.levels.pack import kind
+from layerwise.stages.latency.machine import TABLE, MeasureParams, fingerprint, one_by_one
+from layerwise.stages.levels.database import DatabaseIndex, LevelEntry, UnitEntry
 from layerwise.stages.quantities import ByteSize, Count
 
 if TYPE_CHECKING:
     from layerwise.kernels.dispatch import Choice
     from layerwise.kernels.latency_table import LatencyTable
     from layerwise.kernels.timing import Sampling
-
-TABLE = "table.json"
-"""Every backend's time, as `layerwise.kernels.latency_table` keeps them."""
 
 
 class LatencyParams(MeasureParams):
@@ -80,7 +76,7 @@ def _measure_products(
     from layerwise.kernels.latency_table import Row as TableRow
     from layerwise.kernels.measure import table_of
 
-    total = sum(math.prod(unit["shape"]) for unit in index.units)
+    total = sum(unit.n_weights for unit in index.units)
     kinds = _kinds(index)
     work: dict[str, Any] = {
         _name(shape): partial(
@@ -88,7 +84,7 @@ def _measure_products(
             list(examples.values()),
             database=context.input("database"),
             rows=params.batch * params.tokens,
-            dtype=context.model.dtype,
+            model=context.model,
             device=params.device,
             sampling=params.sampling(rotate_bytes=params.rotate, max_copies=_copies(shape, total)),
         )
@@ -128,10 +124,10 @@ def _kinds(index: DatabaseIndex) -> dict[Shape, dict[str, tuple[str, str]]]:
     """For each shape, every kind of level with an example: unit and level."""
     found: dict[Shape, dict[str, tuple[str, str]]] = {}
     for unit in index.units:
-        examples = found.setdefault(tuple(unit["shape"]), {})
-        for level in unit["levels"]:
-            if level["status"] == "ok":
-                examples.setdefault(kind(level["recipe"]), (unit["unit"], level["level"]))
+        examples = found.setdefault(unit.shape, {})
+        for level in unit.levels:
+            if is_timed(unit, level):
+                examples.setdefault(of_level(unit, level)[1], (unit.name, level.name))
     return {shape: examples for shape, examples in found.items() if examples}
 
 
@@ -145,19 +141,25 @@ def _copies(shape: Shape, total: int) -> int:
 
 
 def _race(
-    examples: Sequence[tuple[str, str]], *, database: Path, rows: int, dtype: str, device: str, sampling: Sampling
+    examples: Sequence[tuple[str, str]],
+    *,
+    database: Path,
+    model: ModelSource,
+    rows: int,
+    device: str,
+    sampling: Sampling,
 ) -> dict[str, Any]:
     """Time all that can run levels of one shape; gives the label of each example, and the rows of a table."""
     import torch
 
     from layerwise.kernels.backends import Work
     from layerwise.kernels.measure import races, run_race
+    from layerwise.stages.apply.packed import pack_or_dense
     from layerwise.stages.levels.database import Database
-    from layerwise.stages.levels.pack import pack_or_dense
 
-    levels = Database(database)
+    levels = Database(database, model)
     weights = [pack_or_dense(levels.level(unit, level)) for unit, level in examples]
-    work = Work(rows, getattr(torch, dtype), torch.device(device))
+    work = Work(rows, getattr(torch, model.dtype), torch.device(device))
     (race,) = races(weights, [rows], work.dtype, work.device)
     return {"labels": [weight.label for weight in weights], "rows": [asdict(row) for row in run_race(race, sampling)]}
 
@@ -173,8 +175,10 @@ def _write(
     rest = fit_rest(index.units, choices, measured["dense"]["median_ms"], measured["fastest"]["median_ms"])
     charged = charge(choices, rest)
 
-    def time_of(unit: Mapping[str, Any], level: Mapping[str, Any]) -> float | None:
-        return charged[of_level(unit, level)] if level["status"] == "ok" else None
+    def time_of(unit: UnitEntry, level: LevelEntry) -> float | None:
+        if is_timed(unit, level):
+            return charged[of_level(unit, level)]
+        return 0.0 if level.usable and not unit.unit.replaceable else None
 
     document = {
         "database": index.digest,
@@ -184,10 +188,10 @@ def _write(
         "device": params.device,
         "dtype": context.model.dtype,
         "exact": params.exact,
-        "units": [unit["unit"] for unit in index.units],
-        "shapes": [unit["shape"] for unit in index.units],
-        "levels": [[level["level"] for level in unit["levels"]] for unit in index.units],
-        "ms": [[time_of(unit, level) for level in unit["levels"]] for unit in index.units],
+        "units": [unit.name for unit in index.units],
+        "shapes": [list(unit.shape) for unit in index.units],
+        "levels": [[level.name for level in unit.levels] for unit in index.units],
+        "ms": [[time_of(unit, level) for level in unit.levels] for unit in index.units],
         "rest_ms": rest.ms,
         "rest_ms_per_byte": rest.ms_per_byte,
         "wholes": dict(measured),
@@ -197,7 +201,7 @@ def _write(
     about = {"m": params.batch * params.tokens, "dtype": context.model.dtype}
     about |= {"device": table.device.name, "fingerprint": table.device.digest}
     records: list[Row] = [
-        {**about, **_row(unit, level, choices, charged)} for unit in index.units for level in unit["levels"]
+        {**about, **_row(unit, level, choices, charged)} for unit in index.units for level in unit.levels
     ]
     context.record("latency", [*records, {**about, "ms": rest.ms, "status": "fitted"}])
 
@@ -219,15 +223,17 @@ def _finite(value: float) -> float | None:
 
 
 def _row(
-    unit: Mapping[str, Any],
-    level: Mapping[str, Any],
+    unit: UnitEntry,
+    level: LevelEntry,
     choices: Mapping[tuple[Shape, str], Choice],
     charged: Mapping[tuple[Shape, str], float],
 ) -> Row:
-    n, k = unit["shape"]
-    names = {"unit": unit["unit"], "level": level["level"], "n": n, "k": k}
-    if level["status"] != "ok":
-        return names | {"status": level["status"]}
+    n, k = unit.shape
+    names = {"unit": unit.name, "level": level.name, "n": n, "k": k}
+    if not level.usable:
+        return names | {"status": level.status}
+    if not is_timed(unit, level):
+        return names | {"status": "not_offered" if unit.unit.replaceable else "in_rest"}
     key = of_level(unit, level)
     row = choices[key].row
     known = {"label": row.label, "backend": row.backend, "ms": charged[key], "status": row.status}

@@ -2,11 +2,13 @@
 
     database.json                what there is: units, levels, costs, errors; readable without torch
     units/<unit>.safetensors     the tensors of a unit's levels, `<level>/<tensor>`; their recipes in the header
+    model/                       the compressed or transformed model that the levels are of, if it is not the workflow's
 
 One file per unit, because a unit's levels are made by one task, and memory-mapped, because a search reads few of them
 and replicas on one machine then share the pages. Names are sorted and nothing tells the time: the same levels give the
-same bytes. `DatabaseIndex` is all that the driver needs; `Database` reads levels. Left out: decoding caches, which
-belong to who decodes in a loop.
+same bytes. `DatabaseIndex` is all that the driver needs; `Database` reads levels. Level 0 of a unit is what the model
+has already, its dense weight as a rule; it is not stored again. Left out: decoding caches, which belong to who decodes
+in a loop.
 """
 
 from __future__ import annotations
@@ -14,63 +16,112 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import CorruptArtifact, NotFinite, UsageError
-from layerwise.results.durable import settle_file
+from layerwise.stages.contract import ModelSource
+from layerwise.stages.levels.files import open_unit, read_level
 from layerwise.stages.levels.level import Level
+from layerwise.stages.models.network import Unit
+from layerwise.stages.models.stored import Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "database.json"
-RECIPES = "levels"
-"""Key in the file's header: recipe and shape of every level, as JSON. A single key: they have no order there."""
+MODEL = "model"
+"""Folder of the model artifact that the levels were made from."""
+
+UNCHANGED = 0
+"""The level that every unit has: what it is in the model."""
+
+
+@dataclass(frozen=True)
+class LevelEntry:
+    """What the index says of a level.
+
+    Args:
+        name: unique within its unit.
+        recipe: as of `Level`; None if it could not be made.
+        costs: absolute amounts by resource, as of `Level.costs`; None if it could not be made.
+        weight_nmse: ‖Q - W‖² / ‖W‖².
+        output_error: the same of the unit's output on the calibration tokens; None without a Hessian.
+        status: ok; fallback (made by another method, `error` says why); nan (could not be made).
+        error: why it is not ok.
+        offered: whether a search may choose it.
+    """
+
+    name: str
+    recipe: Mapping[str, Any] | None
+    costs: Mapping[str, float] | None
+    weight_nmse: float | None = None
+    output_error: float | None = None
+    status: str = "ok"
+    error: str | None = None
+    offered: bool = True
+
+    @property
+    def usable(self) -> bool:
+        """True if it was made, by whatever method."""
+        return self.status != "nan"
+
+
+@dataclass(frozen=True)
+class UnitEntry:
+    """What the index says of a unit.
+
+    Args:
+        unit: the unit.
+        stored: where its weight stands in the checkpoint; None for a parent.
+        levels: with distinct names; the first is what the model has already.
+    """
+
+    unit: Unit
+    stored: Stored | None
+    levels: tuple[LevelEntry, ...]
+
+    @property
+    def name(self) -> str:
+        return self.unit.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.unit.shape
+
+    @property
+    def n_weights(self) -> int:
+        return self.unit.n_weights
+
+    @property
+    def is_parent(self) -> bool:
+        return self.unit.is_parent
+
+    def level(self, name: str) -> LevelEntry:
+        """The entry of that name."""
+        return next(level for level in self.levels if level.name == name)
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in an artifact."""
+        stored = None if self.stored is None else self.stored.as_json()
+        return {"unit": self.unit.as_json(), "stored": stored, "levels": [asdict(level) for level in self.levels]}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> UnitEntry:
+        """What `as_json` gave."""
+        stored = None if entry["stored"] is None else Stored.from_json(entry["stored"])
+        return cls(Unit.from_json(entry["unit"]), stored, tuple(LevelEntry(**level) for level in entry["levels"]))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def unit_file(folder: Path, unit: str) -> Path:
-    """Where the levels of a unit stand."""
-    return folder / "units" / f"{unit}.safetensors"
-
-
-def write_unit(folder: Path, unit: str, levels: Sequence[Level]) -> Path:
-    """Write the levels of one unit; the file is complete or absent.
-
-    Args:
-        folder: the database.
-        unit: full module name.
-        levels: with distinct names.
-    Returns:
-        the file.
-    """
-    from safetensors.torch import save_file
-
-    assert len({level.name for level in levels}) == len(levels), f"{unit}: two levels of one name"
-    tensors = {
-        f"{level.name}/{name}": tensor.detach().cpu().contiguous()
-        for level in levels
-        for name, tensor in level.tensors.items()
-    }
-    recipes = {level.name: {"recipe": dict(level.recipe), "shape": list(level.shape)} for level in levels}
-    target = unit_file(folder, unit)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    save_file(
-        {key: tensors[key] for key in sorted(tensors)},
-        partial,
-        metadata={RECIPES: json.dumps(recipes, sort_keys=True, allow_nan=False)},
-    )
-    settle_file(partial, target)
-    return target
-
-
-def describe_levels(levels: Sequence[Level], weight: Tensor, hessian: Tensor | None = None) -> list[dict[str, Any]]:
+def describe_levels(
+    levels: Sequence[Level], weight: Tensor, hessian: Tensor | None = None, *, share: float = 1.0
+) -> list[LevelEntry]:
     """The entries of a unit's levels in the index.
 
     Both errors are relative: `weight_nmse` is ‖Q - W‖² / ‖W‖², `output_error` is the same of the unit's output on the
@@ -80,6 +131,7 @@ def describe_levels(levels: Sequence[Level], weight: Tensor, hessian: Tensor | N
         levels: all of the unit at once, because the norm of its output costs as much as the error of a level.
         weight: (out, in), what they stand for.
         hessian: (in, in), `X Xᵀ`; without it there is no output error.
+        share: of the tokens that go through the unit, as of `Unit.share`.
     Raises:
         NotFinite: a level decodes to NaN or Inf, or an error is not finite.
     """
@@ -88,29 +140,24 @@ def describe_levels(levels: Sequence[Level], weight: Tensor, hessian: Tensor | N
     entries = []
     for level in levels:
         weight_error, output_error = _squared_norms(level.decode().double() - W, hessian)
-        errors = {
-            "weight_nmse": _ratio(weight_error, weight_norm),
-            "output_error": _ratio(output_error, output_norm) if hessian is not None else None,
-        }
-        for name, value in errors.items():
+        nmse = _ratio(weight_error, weight_norm)
+        output = _ratio(output_error, output_norm) if hessian is not None else None
+        for name, value in (("weight_nmse", nmse), ("output_error", output)):
             if value is not None and not math.isfinite(value):
                 raise NotFinite(f"level {level.name}: {name} is {value}")
-        costs = {"bits": level.bits, "effective_bits": level.effective_bits, "size_bytes": level.size_bytes}
-        entries.append(
-            {"level": level.name, "recipe": dict(level.recipe), **costs, **errors, "status": "ok", "error": None}
-        )
+        costs = level.costs | {"flops": level.costs["flops"] * share}
+        entries.append(LevelEntry(level.name, dict(level.recipe), costs, nmse, output))
     return entries
 
 
-def describe(level: Level, weight: Tensor, hessian: Tensor | None = None) -> dict[str, Any]:
-    """`describe_levels` of a single one."""
-    return describe_levels([level], weight, hessian)[0]
-
-
-def describe_failure(name: str, error: str) -> dict[str, Any]:
+def describe_failure(name: str, error: str) -> LevelEntry:
     """The entry of a level that could not be made; it costs nothing known, and nobody may choose it."""
-    empty = dict.fromkeys(("recipe", "bits", "effective_bits", "size_bytes", "weight_nmse", "output_error"))
-    return {"level": name, **empty, "status": "nan", "error": error}
+    return LevelEntry(name, None, None, status="nan", error=error)
+
+
+def fallen_back(entry: LevelEntry, name: str, why: str) -> LevelEntry:
+    """An entry of a level that another method made in the place of the one that was asked for."""
+    return replace(entry, name=name, status="fallback", error=why)
 
 
 def _squared_norms(D: Tensor, hessian: Tensor | None) -> tuple[float, float]:
@@ -125,18 +172,15 @@ def _ratio(error: float, norm: float) -> float:
     return error / norm if norm else math.inf
 
 
-def write_index(folder: Path, units: Sequence[dict[str, Any]], rest_bytes: int) -> Path:
+def write_index(folder: Path, units: Sequence[UnitEntry], rest: Mapping[str, float]) -> Path:
     """Write `database.json`: the commit point of a database.
 
     Args:
         folder: the database.
-        units: per unit, in the order of a genome: `unit`, `kind`, `block`, `shape`, `group` (what it is fused with,
-            or None), `levels` (from `describe_levels` and `describe_failure`), and whatever else readers of the model
-            need. `n_weights` is added.
-        rest_bytes: bytes of everything of the model that is no unit.
+        units: in the order of a genome.
+        rest: by resource, what everything of the model uses that is no unit.
     """
-    rows = [{**unit, "n_weights": math.prod(unit["shape"])} for unit in units]
-    document = {"rest_bytes": rest_bytes, "units": rows}
+    document = {"rest": dict(rest), "units": [unit.as_json() for unit in units]}
     target = folder / INDEX
     target.write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     return target
@@ -172,21 +216,26 @@ class DatabaseIndex:
         """The same for the same units, levels, costs and errors: 64 hex digits."""
         return hashlib.sha256(self._text).hexdigest()
 
-    @property
-    def units(self) -> list[dict[str, Any]]:
-        """The units in the order of a genome; see `write_index`."""
-        units: list[dict[str, Any]] = self._document["units"]
-        return units
+    @cached_property
+    def units(self) -> list[UnitEntry]:
+        """The units in the order of a genome."""
+        return [UnitEntry.from_json(entry) for entry in self._document["units"]]
 
     @property
-    def rest_bytes(self) -> int:
-        """Bytes of everything of the model that is no unit."""
-        return int(self._document["rest_bytes"])
+    def rest(self) -> dict[str, float]:
+        """By resource, what everything of the model uses that is no unit."""
+        return dict(self._document["rest"])
 
     @cached_property
-    def by_name(self) -> dict[str, dict[str, Any]]:
+    def by_name(self) -> dict[str, UnitEntry]:
         """The units by their name."""
-        return {unit["unit"]: unit for unit in self.units}
+        return {unit.name: unit for unit in self.units}
+
+    def model(self, workflow: ModelSource) -> ModelSource:
+        """The model whose levels these are: the one beside them, else the workflow's."""
+        from layerwise.stages.models.compressed import source_of
+
+        return source_of(self.folder / MODEL, workflow)
 
 
 class Database:
@@ -196,18 +245,19 @@ class Database:
 
     Args:
         folder: the artifact.
+        workflow: the workflow's model, for the levels that the database does not hold: those that it has already.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, workflow: ModelSource) -> None:
+        self.folder, self.workflow = folder, workflow
         self.index = DatabaseIndex(folder)
         self._open: dict[str, tuple[Any, dict[str, Any]]] = {}
 
-    def __reduce__(self) -> tuple[type[Database], tuple[Path]]:
-        return Database, (self.folder,)
+    def __reduce__(self) -> tuple[type[Database], tuple[Path, ModelSource]]:
+        return Database, (self.folder, self.workflow)
 
     @property
-    def units(self) -> list[dict[str, Any]]:
+    def units(self) -> list[UnitEntry]:
         """As in the index."""
         return self.index.units
 
@@ -223,47 +273,45 @@ class Database:
             UsageError: there is no such unit or level, or it could not be made.
             CorruptArtifact: the unit's file is missing or damaged.
         """
+        if unit in self.index.by_name and name == self.index.by_name[unit].levels[UNCHANGED].name:
+            return self._unchanged(self.index.by_name[unit])
         file, recipes = self._file(unit)
         if name not in recipes:
             raise UsageError(f"unit {unit} has no level '{name}'{self._why(unit, name)}")
-        prefix = f"{name}/"
-        tensors = {
-            key.removeprefix(prefix): file.get_tensor(key)
-            for key in file.keys()  # noqa: SIM118 (a safetensors file is no dict)
-            if key.startswith(prefix)
-        }
-        rows, columns = recipes[name]["shape"]
-        return Level(name, recipes[name]["recipe"], (rows, columns), tensors)
+        return read_level(file, recipes, name)
 
-    def decode(self, unit: str, name: str) -> Tensor:
-        """The dense weight of a level: (out, in), float32."""
-        return self.level(unit, name).decode()
+    def weight(self, unit: str, level: int) -> Tensor | None:
+        """The dense weight of a level, by its number: (out, in), float32; None for what the model has already."""
+        if level == UNCHANGED:
+            return None
+        return self.level(unit, self.index.by_name[unit].levels[level].name).decode()
 
-    def weight(self, unit: str, level: int) -> Tensor:
-        """The same by the number of the level, in the layout of the model (GPT-2's Conv1D: transposed)."""
-        row = self.index.by_name[unit]
-        decoded = self.decode(unit, row["levels"][level]["level"])
-        return decoded.T if row.get("transposed") else decoded
+    def model(self, workflow: ModelSource) -> ModelSource:
+        """As of the index."""
+        return self.index.model(workflow)
+
+    def drops(self, unit: str, level: int) -> bool:
+        """Whether a level leaves a parent out."""
+        recipe = self.index.by_name[unit].levels[level].recipe
+        return recipe is not None and recipe["encoding"] == "drop"
+
+    def _unchanged(self, entry: UnitEntry) -> Level:
+        from layerwise.stages.levels.parent import parent_level
+        from layerwise.stages.models.compressed import Weights
+
+        if entry.stored is None:
+            return parent_level("keep")
+        return Weights(self.index.model(self.workflow)).level(entry.name, entry.stored)
 
     def _file(self, unit: str) -> tuple[Any, dict[str, Any]]:
-        from safetensors import SafetensorError, safe_open
-
         if unit not in self._open:
             if unit not in self.index.by_name:
                 raise UsageError(f"the database has no unit '{unit}'")
-            path = unit_file(self.folder, unit)
-            try:
-                file: Any = safe_open(path, framework="pt")
-                recipes = json.loads(file.metadata()[RECIPES])
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-                raise CorruptArtifact(
-                    f"{path}: {error}", hint="delete the database artifact; the next run makes it again"
-                ) from error
-            self._open[unit] = file, recipes
+            self._open[unit] = open_unit(self.folder, unit)
         return self._open[unit]
 
     def _why(self, unit: str, name: str) -> str:
-        levels = self.index.by_name[unit]["levels"]
-        errors = [level["error"] for level in levels if level["level"] == name and level["error"]]
-        known = ", ".join(level["level"] for level in levels if level["status"] == "ok")
+        levels = self.index.by_name[unit].levels
+        errors = [level.error for level in levels if level.name == name and level.error]
+        known = ", ".join(level.name for level in levels if level.usable)
         return f": {errors[0]}" if errors else f" (known: {known})"

@@ -1,23 +1,38 @@
 """A level: encoded tensors plus the recipe that made them.
 
 `Level.decode` is the single definition of what a level means; kernels, export and search are tested against it. What is
-particular to one way of encoding (how to decode it, how many bits it stores) is one entry of `ENCODINGS`, so that
-sparse, low-rank and dropped levels join without a change elsewhere.
+particular to one way of storing a weight is an `Encoding`, one file each: how to decode it, what it costs, how it is
+laid out for a kernel. Other packages join through the entry point group `layerwise.encodings`.
 
 Torch is imported only by the work itself, because the recipes and costs of levels are also read where there is none.
-Left out: packing for a particular kernel, and anything about a unit's place in the model.
+Left out: anything about a unit's place in the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from layerwise.errors import UsageError
+from layerwise.stages.registry import lookup, names
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from layerwise.kernels.packed import Packed
+
+ENCODINGS = {
+    "dense": "layerwise.stages.levels.dense:Dense",
+    "grid": "layerwise.stages.levels.grid:Grid",
+    "mask": "layerwise.stages.levels.mask:Mask",
+    "masked_grid": "layerwise.stages.levels.masked_grid:MaskedGrid",
+    "keep": "layerwise.stages.levels.parent:Keep",
+    "drop": "layerwise.stages.levels.parent:Drop",
+}
+"""Every way to store a weight, and the two that a parent knows."""
+
+ENCODING_GROUP = "layerwise.encodings"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +43,7 @@ class Level:
         name: `gptq-3b-g128`, `dense`, ...; unique within a unit.
         recipe: JSON values: `encoding`, `method`, and everything else that it takes to decode the tensors or to make
             them again.
-        shape: (out, in) of the weight.
+        shape: (out, in) of the weight; (0, 0) of a parent's level.
         tensors: what is stored, by the names that the encoding gives them.
     """
 
@@ -39,22 +54,27 @@ class Level:
 
     def decode(self) -> Tensor:
         """The dense weight that this level stands for: (out, in), float32, on the device of the tensors."""
-        return self._encoding.decode(self)
+        return self.encoding.decode(self)
 
     @property
     def bits(self) -> float:
         """Nominal bits per weight, without overhead."""
-        return self._encoding.bits(self)
+        return self.encoding.nominal_bits(self) / self.n_weights if self.n_weights else 0.0
 
     @property
     def effective_bits(self) -> float:
         """Bits per weight over everything that is stored: codes, scales, zero points and indices; no word padding."""
-        return self.stored_bits / self.n_weights
+        return self.stored_bits / self.n_weights if self.n_weights else 0.0
 
     @property
     def stored_bits(self) -> int:
         """The exact sum behind `effective_bits`."""
-        return self._encoding.stored_bits(self)
+        return self.encoding.stored_bits(self)
+
+    @property
+    def parameters(self) -> int:
+        """Weights that are kept."""
+        return self.encoding.parameters(self)
 
     @property
     def size_bytes(self) -> int:
@@ -67,89 +87,78 @@ class Level:
         return self.shape[0] * self.shape[1]
 
     @property
-    def _encoding(self) -> Encoding:
-        name = self.recipe["encoding"]
-        if name not in ENCODINGS:
-            raise UsageError(
-                f"level {self.name}: unknown encoding '{name}' (known: {', '.join(ENCODINGS)})",
-                hint="it was written by another version of layerwise; make the levels again",
-            )
-        return ENCODINGS[name]
+    def costs(self) -> dict[str, float]:
+        """Absolute amounts of every resource that levels know, but for `flops` of a token that meets the whole weight;
+        see `layerwise.results.resources`."""
+        return {
+            "bits": self.encoding.nominal_bits(self),
+            "effective_bits": self.stored_bits,
+            "bytes": self.size_bytes,
+            "parameters": self.parameters,
+            "flops": 2 * self.parameters,
+        }
+
+    @property
+    def encoding(self) -> Encoding:
+        """How it is stored."""
+        return find_encoding(self.recipe["encoding"])
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """What is particular to one way of storing a weight.
+class Encoding(Protocol):
+    """One way of storing a weight. Its functions take a level of this encoding; it has no state.
 
-    Args:
-        decode: the dense float32 weight.
-        bits: nominal bits per weight.
-        stored_bits: every bit stored for the level, without word padding.
+    `layerwise.testing.check_encoding` says what each must fulfil.
     """
 
-    decode: Callable[[Level], Tensor]
-    bits: Callable[[Level], float]
-    stored_bits: Callable[[Level], int]
+    @staticmethod
+    def decode(level: Level) -> Tensor:
+        """The dense weight: (out, in), float32."""
+        ...
+
+    @staticmethod
+    def nominal_bits(level: Level) -> float:
+        """Bits of all kept weights, without overhead, as papers count them."""
+        ...
+
+    @staticmethod
+    def stored_bits(level: Level) -> int:
+        """Every bit stored for the level, without word padding."""
+        ...
+
+    @staticmethod
+    def parameters(level: Level) -> int:
+        """Weights that are kept."""
+        ...
+
+    @staticmethod
+    def pack(level: Level) -> Packed | None:
+        """The weight as a kernel takes it, whose `dense()` is `decode` exactly; None if there is no kernel for it."""
+        ...
+
+    @staticmethod
+    def label(recipe: Mapping[str, Any]) -> str:
+        """What of a recipe decides how fast a level of a given shape runs: levels of one label are timed once.
+
+        Only the recipe is looked at, which stands in the index of a database: to read every level of a large model in
+        order to learn that five of them differ would take longer than to time those five.
+        """
+        ...
 
 
-# --- grid: integer codes on a uniform grid, one scale (and zero point) per group of a row -------------------------
-#
-#   codes   int32 (out, ceil(in · bits / 32))      packed, layerwise.kernels.packing
-#   scale   float16 (out, groups)
-#   zero    int32 (out, ceil(groups · bits / 32))  packed like the codes; absent if symmetric, then 2^(bits-1)
-#   g_idx   int32 (in,)                            group of each column; absent if columns are grouped in their order
+def encoding_names() -> list[str]:
+    """Every encoding that a recipe may name."""
+    return names(ENCODINGS, ENCODING_GROUP)
 
 
-def grid_columns(level: Level) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The unpacked parts of a `grid` level, for kernels and exports that lay them out anew.
+def find_encoding(name: str) -> Encoding:
+    """The encoding of that name.
 
-    Returns:
-        codes (out, in) uint8, scale (out, groups) float16, zero (out, groups) uint8 or None if symmetric, and the
-        group of each column (in,) int32.
+    Raises:
+        UsageError: nobody offers it.
     """
-    import torch
-
-    from layerwise.kernels.packing import unpack
-
-    tensors, bits, columns = level.tensors, level.recipe["bits"], level.shape[1]
-    scale = tensors["scale"]
-    zero = unpack(tensors["zero"], bits, scale.shape[1]) if "zero" in tensors else None
-    if "g_idx" in tensors:
-        group = tensors["g_idx"]
-    else:
-        size = columns if level.recipe["group_size"] == -1 else level.recipe["group_size"]
-        group = torch.arange(columns, dtype=torch.int32, device=scale.device) // size
-    return unpack(tensors["codes"], bits, columns), scale, zero, group
-
-
-def _decode_grid(level: Level) -> Tensor:
-    # Exact in float32: a code minus a zero point has 9 bits, a float16 scale has 11.
-    codes, scale, zero, group = grid_columns(level)
-    W = codes.float()
-    W -= 2 ** (level.recipe["bits"] - 1) if zero is None else zero.float().index_select(1, group)
-    W *= scale.float().index_select(1, group)
-    return W
-
-
-def _grid_bits(level: Level) -> int:
-    bits, groups = level.recipe["bits"], level.tensors["scale"].numel()
-    zeros = groups * bits if "zero" in level.tensors else 0
-    index = 32 * level.shape[1] if "g_idx" in level.tensors else 0
-    return int(level.n_weights * bits + 16 * groups + zeros + index)
-
-
-# --- dense: the weight itself, in the dtype of the checkpoint -------------------------------------------------------
-
-
-def _dense_width(level: Level) -> int:
-    return 8 * level.tensors["weight"].element_size()
-
-
-ENCODINGS = {
-    "grid": Encoding(_decode_grid, lambda level: level.recipe["bits"], _grid_bits),
-    "dense": Encoding(
-        lambda level: level.tensors["weight"].float(),
-        _dense_width,
-        lambda level: level.n_weights * _dense_width(level),
-    ),
-}
+    try:
+        encoding: Encoding = lookup(name, ENCODINGS, group=ENCODING_GROUP, kind="encoding")
+    except UsageError as error:
+        error.hint = "it was written by another version of layerwise, or by a package that is not installed here"
+        raise
+    return encoding

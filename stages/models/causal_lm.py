@@ -4,15 +4,18 @@ Works for every family whose blocks are one ModuleList, without a line per famil
 the inputs of each block (masks, rotary embeddings, positions), so we let it run once with every block replaced by a
 recorder that passes the hidden state through. What the recorder saw is how each block must be called. In the same way
 the head is the model's own `forward` with every block bypassed. Masks that differ from block to block (Gemma 2) come
-out right by themselves. Left out: encoder-decoder models, and blocks that exchange more than the hidden state.
+out right by themselves. When a model is loaded its parts are tried on a few tokens, in a batch of two, and it is
+refused if they do not give the model's own logits.
+
+Left out: encoder-decoder models, and blocks that exchange more than the hidden state; these are refused.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,35 +23,11 @@ from torch import Tensor, nn
 
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
-from layerwise.stages.models.checkpoint import Checkpoint
+from layerwise.stages.models.network import Uncovered, Unit
+from layerwise.stages.models.units import Answer, patched, units_of_block, units_outside
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Layers that serving engines join into one, because they read the same input."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A linear layer of a block.
-
-    Args:
-        name: full module name.
-        kind: its name inside the block (`self_attn.q_proj`).
-        block: index of its block.
-        shape: (out, in), whatever way round the checkpoint stores it.
-        transposed: stored as (in, out), as GPT-2's Conv1D does.
-        group: what it is fused with (`3.qkv`), or None.
-    """
-
-    name: str
-    kind: str
-    block: int
-    shape: tuple[int, int]
-    transposed: bool
-    group: str | None
-
-    @property
-    def n_weights(self) -> int:
-        return self.shape[0] * self.shape[1]
+TRIAL = (2, 6)
+"""Batch and length of the tokens that a model is tried on when it is loaded."""
 
 
 @dataclass
@@ -71,24 +50,33 @@ class _Stop(Exception):
 
 
 class CausalLM:
-    """A dense model in evaluation mode, frozen.
+    """A dense model in evaluation mode, frozen. Implements `layerwise.stages.models.network.Network`.
 
     Args:
         model: the Hugging Face model.
+    Raises:
+        UnsupportedModel: its parts are not the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
         self.block_path, self.blocks = _find_blocks(model)
-        self.units = tuple(self._find_units())
+        self.n_blocks = len(self.blocks)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._answers: list[Answer | None] = [None] * self.n_blocks
+        self.units: tuple[Unit, ...] = ()
+        self.parents: tuple[Unit, ...] = ()
+        self.uncovered: tuple[Uncovered, ...] = ()
+        self.one_piece: dict[int, str] = {}
+        self._silenced: dict[str, dict[str, Answer]] = {}
+        self._examine()
 
     @classmethod
     def load(cls, source: ModelSource) -> CausalLM:
-        """Load a local folder.
+        """Load a local folder, and lay the levels of a compressed model over it, if the source names one.
 
         Raises:
-            UnsupportedModel: not a causal language model, weights missing, or no ModuleList of blocks.
+            UnsupportedModel: not a causal language model, weights missing, or it cannot be taken apart.
         """
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -108,56 +96,90 @@ class CausalLM:
                 f"{source.path}: {len(missing)} weights are missing or of another shape, the first is {missing[0]}",
                 hint="the folder holds another model than its config.json says",
             )
-        return cls(model)
+        with suppress(AttributeError, ValueError):  # a family without experts has nothing to set
+            model.set_experts_implementation("eager")  # one by one, so that each one's inputs can be seen
+        network = cls(model)
+        if source.compressed is not None:
+            from layerwise.stages.models.compressed import CompressedModel
+
+            CompressedModel(source.compressed).install(network)
+        return network
 
     def module(self, name: str) -> nn.Module:
         """A submodule by its full name."""
         module: nn.Module = self._modules[name]
         return module
 
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by each of its names; a tied one has two."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter by its full name."""
+        return self.parameters[name]
+
+    def owner(self, unit: Unit) -> nn.Module | None:
+        """The module whose whole weight a unit is; None for a part of a parameter, or one without such a module."""
+        module = self._modules.get(unit.name)
+        known = unit.view is not None and unit.view.whole and unit.view.tensor == f"{unit.name}.weight"
+        return module if known and isinstance(module, _layers()) else None
+
     def weight(self, unit: Unit) -> Tensor:
-        """The parameter that holds a unit's weight, as the model keeps it."""
-        weight = self.module(unit.name).weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """A unit's weight, (out, in), as a view of the parameter that holds it."""
+        assert unit.view is not None, f"{unit.name} has no weight of its own"
+        return unit.view.read(self.parameter(unit.view.tensor).data)
 
-    def stored_name(self, unit: Unit, checkpoint: Checkpoint) -> str:
-        """Name of a unit's weight in the checkpoint.
+    # --- finding out what it is made of ---
 
-        Raises:
-            UnsupportedModel: the checkpoint keeps it under another name or in another shape.
-        """
-        shape = tuple(self.weight(unit).shape)
-        name = checkpoint.find(f"{unit.name}.weight", shape, str(self.model.base_model_prefix))
-        if name is None:
-            raise UnsupportedModel(
-                f"{checkpoint.folder}: no tensor {unit.name}.weight of shape {shape}",
-                hint="load the model with transformers and save it again with `save_pretrained`",
-            )
-        return name
+    @torch.no_grad()
+    def _examine(self) -> None:
+        """Find the units and check that the parts are the model."""
+        vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 2))  # type: ignore[union-attr,operator]
+        batch, length = TRIAL
+        ids = (torch.arange(batch * length).reshape(batch, length) * 7 + 3) % max(1, vocabulary)
+        whole = self.logits(ids)
+        outside = units_outside(self.model, self.n_blocks)
+        units, parents, uncovered = [], [], []
+        stream = self.begin(ids)
+        hidden = stream.hidden
+        for index in range(self.n_blocks):
+            found = units_of_block(self, index, hidden, stream)
+            units += found.units
+            parents += found.parents
+            uncovered += found.uncovered
+            self._silenced |= found.silenced
+            if found.one_piece:
+                self.one_piece[index] = found.one_piece
+            hidden = found.output
+        self._check(self.end(hidden, stream), whole)
+        first = [unit for unit in outside if unit.positions[0] < 0]
+        self.units = (*first, *units, *(unit for unit in outside if unit not in first))
+        self.parents = tuple(parents)
+        self.uncovered = (*uncovered, *self._uncovered_outside())
 
-    def _find_units(self) -> Iterator[Unit]:
-        from transformers.pytorch_utils import Conv1D
+    def _check(self, parts: Tensor, whole: Tensor) -> None:
+        if parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-4, equal_nan=True):
+            return
+        difference = (parts - whole).abs().max().item() if parts.shape == whole.shape else float("nan")
+        raise UnsupportedModel(
+            f"{type(self.model).__name__}: its blocks, run one by one, give other logits than the model "
+            f"(they differ by up to {difference:.3g})",
+            hint="layerwise takes decoder-only models whose blocks pass on nothing but the hidden state",
+        )
 
-        for index, block in enumerate(self.blocks):
-            for kind, module in block.named_modules():
-                if not isinstance(module, nn.Linear | Conv1D):
-                    continue
-                transposed = isinstance(module, Conv1D)
-                rows, columns = module.weight.shape
-                yield Unit(
-                    name=f"{self.block_path}.{index}.{kind}",
-                    kind=kind,
-                    block=index,
-                    shape=(columns, rows) if transposed else (rows, columns),
-                    transposed=transposed,
-                    group=_fused_group(index, kind, block),
-                )
+    def _uncovered_outside(self) -> Iterator[Uncovered]:
+        covered = {unit.view.tensor for unit in self.units if unit.view is not None}
+        inside = f"{self.block_path}."
+        for name, parameter in self.model.named_parameters():
+            names = {other for other, same in self.parameters.items() if same is parameter}
+            if parameter.dim() >= 2 and not name.startswith(inside) and not names & covered:
+                yield Uncovered(name, None, parameter.numel(), "it stands outside of the blocks, head and embedding")
 
     # --- running it in parts ---
 
     @torch.no_grad()
-    def embed(self, ids: Tensor) -> Stream:
+    def begin(self, ids: Tensor) -> Stream:
         """Everything before the first block.
 
         Args:
@@ -166,18 +188,33 @@ class CausalLM:
         hidden: list[Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             state, args, kwargs = _split_hidden(args, kwargs)
             if not calls:
                 hidden.append(state)
+                if self._answers[0] is None:
+                    self._learn_answers(state, args, kwargs)
             calls.append((args, kwargs))
-            if len(calls) == len(self.blocks):
+            if len(calls) == self.n_blocks:
                 raise _Stop
             return state
 
         with self._blocks_replaced(record), suppress(_Stop):
             self.model(input_ids=ids, use_cache=False)
+        if len(calls) < self.n_blocks:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} runs only {len(calls)} of its {self.n_blocks} blocks",
+                hint="layerwise takes decoder-only models whose blocks run one after another",
+            )
         return Stream(ids, hidden[0], calls)
+
+    def _learn_answers(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In which form a block answers, from its first call: some give a tuple, and their model unpacks it."""
+        output = type(self.blocks[0]).forward(self.blocks[0], hidden, *args, **kwargs)
+        answer = Answer.of(output)
+        if answer is None:
+            raise UnsupportedModel(f"{type(self.blocks[0]).__name__} answers with a {type(output).__name__}")
+        self._answers = [answer] * self.n_blocks
 
     @torch.no_grad()
     def run_block(self, index: int, hidden: Tensor, stream: Stream) -> Tensor:
@@ -187,9 +224,9 @@ class CausalLM:
         return output if isinstance(output, Tensor) else output[0]
 
     @torch.no_grad()
-    def head(self, hidden: Tensor, stream: Stream) -> Tensor:
+    def end(self, hidden: Tensor, stream: Stream) -> Tensor:
         """Logits (batch, length, vocabulary), from the hidden state after the last block."""
-        with self._blocks_replaced(lambda args, kwargs: hidden):
+        with self._blocks_replaced(lambda index, args, kwargs: hidden):
             logits: Tensor = self.model(input_ids=stream.ids, use_cache=False).logits
         return logits
 
@@ -200,41 +237,59 @@ class CausalLM:
         return logits
 
     @contextmanager
-    def _blocks_replaced(self, answer: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
-        for block in self.blocks:
-            block.forward = lambda *args, **kwargs: answer(args, kwargs)
-        try:
+    def _blocks_replaced(self, answer: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        def replaced(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = answer(index, args, kwargs)
+                form = self._answers[index]
+                return hidden if form is None else form.wrapped(hidden)
+
+            return forward
+
+        with patched({block: replaced(index) for index, block in enumerate(self.blocks)}):
             yield
-        finally:
-            for block in self.blocks:
-                del block.forward  # uncovers the class's own
+
+    # --- leaving parts out, and changing weights for good ---
+
+    def modules_of(self, parent: Unit) -> list[str]:
+        """The modules that a parent is made of."""
+        return [parent.name] if parent.role == "block" else list(self._silenced[parent.name])
+
+    @contextmanager
+    def without(self, halves: Sequence[Unit]) -> Iterator[None]:
+        """Leave out half-blocks while their block runs; a whole block is left out by not running it."""
+        answers = {name: answer for half in halves for name, answer in self._silenced[half.name].items()}
+        with patched({self.module(name): answer.silent() for name, answer in answers.items()}):
+            yield
+
+    def leave_out(self, names: Sequence[str]) -> None:
+        """Leave out half-blocks and blocks for good, with all units inside."""
+        for parent in [parent for parent in self.parents if parent.name in names]:
+            if parent.role == "block":
+                answer = self._answers[parent.block or 0]
+                assert answer is not None, "a network was tried when it was made"
+                self.module(parent.name).forward = answer.passing_on()
+            else:
+                for name, answer in self._silenced[parent.name].items():
+                    self.module(name).forward = answer.silent()
+        gone = set(names)
+        for parent in self.parents:  # a block before its halves
+            gone |= {parent.name} if parent.parent in gone else set()
+        self.parents = tuple(parent for parent in self.parents if parent.name not in gone)
+        self.units = tuple(unit for unit in self.units if unit.parent not in gone)
+
+    @torch.no_grad()
+    def overwrite(self, unit: Unit, weight: Tensor) -> None:
+        """Give a unit another weight (out, in) for good, in the dtype that the network is computed in."""
+        assert unit.view is not None
+        unit.view.write(self.parameter(unit.view.tensor).data, weight)
 
 
-def select_units(units: Sequence[Unit], targets: Sequence[str], ignore: Sequence[str]) -> list[Unit]:
-    """The units that any target names and nothing ignores.
+def _layers() -> tuple[type, ...]:
+    """Modules that are a weight and little else."""
+    from transformers.pytorch_utils import Conv1D
 
-    Args:
-        targets: exact names, `re:` and a regular expression that must match from the start, or kinds; empty for all.
-        ignore: the same, taken out.
-    Raises:
-        UnsupportedModel: nothing is left.
-    """
-
-    def named(unit: Unit, patterns: Sequence[str]) -> bool:
-        return any(
-            re.match(pattern[3:], unit.name) is not None
-            if pattern.startswith("re:")
-            else pattern in (unit.name, unit.kind)
-            for pattern in patterns
-        )
-
-    chosen = [unit for unit in units if (not targets or named(unit, targets)) and not named(unit, ignore)]
-    if not chosen:
-        raise UnsupportedModel(
-            f"no unit is left: targets {list(targets)}, ignore {list(ignore)}",
-            hint=f"units are named like {units[0].name}" if units else "the blocks hold no linear layers",
-        )
-    return chosen
+    return (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
 
 
 def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -255,16 +310,3 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         f"{type(model).__name__}: no ModuleList of {depth} equal blocks",
         hint="layerwise takes decoder-only models whose blocks stand in one ModuleList",
     )
-
-
-def _fused_group(index: int, kind: str, block: nn.Module) -> str | None:
-    parent, _, leaf = kind.rpartition(".")
-    for family in FUSED:
-        members = [f"{parent}.{name}" if parent else name for name in family]
-        if leaf in family and all(_has_submodule(block, member) for member in members):
-            return f"{index}.{parent}.{'+'.join(family)}"
-    return None
-
-
-def _has_submodule(module: nn.Module, name: str) -> bool:
-    return any(name == path for path, _ in module.named_modules())

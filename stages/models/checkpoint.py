@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +63,11 @@ class Checkpoint:
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes of one tensor."""
-        _, dtype, shape = self.headers[name]
-        size = BYTES_OF_DTYPE.get(dtype, 1)
-        for length in shape:
-            size *= length
-        return size
+        return BYTES_OF_DTYPE.get(self.headers[name][1], 1) * self.elements(name)
+
+    def elements(self, name: str) -> int:
+        """Values in one tensor."""
+        return prod(self.headers[name][2])
 
     def find(self, name: str, shape: tuple[int, ...], prefix: str) -> str | None:
         """The stored name of a parameter: with the prefix of the base model (`model.`, `transformer.`) or without."""
@@ -82,6 +83,14 @@ class Checkpoint:
         with safe_open(self.headers[name][0], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+    def first_row(self, name: str) -> Tensor:
+        """The first entry of a tensor along its first dimension; no more is read."""
+        from safetensors import safe_open
+
+        with safe_open(self.headers[name][0], framework="pt") as file:
+            tensor: Tensor = file.get_slice(name)[:1]
+            return tensor[0]
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -8,14 +8,15 @@ forward passes suggests.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from layerwise.errors import NotFinite
 from layerwise.stages.contract import Context, Params, Port, Row, Stage
 from layerwise.stages.data.text import tokenized
-from layerwise.stages.evaluate.scoring import DENSE, Measurement, Request, evaluator_factory
-from layerwise.stages.levels.database import DatabaseIndex
+from layerwise.stages.evaluate.scoring import Measurement, Pool, Request, evaluator_factory
+from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex, LevelEntry, UnitEntry
 from layerwise.stages.quantities import Count
 
 Metric = Literal["weight_nmse", "output_error", "kl"]
@@ -28,7 +29,7 @@ class ProfileParams(Params):
         ["weight_nmse", "output_error", "kl"],
         min_length=1,
         description="weight_nmse: |W - Q|^2 / |W|^2; output_error: the same weighted by the Hessian; "
-        "kl: KL(dense || model with this one unit changed), nats per token",
+        "kl: KL(dense || model with this one unit changed), nats per token, less that of the model as it is",
     )
     data: str = Field("calibration", description="the text for kl, by its name in the workflow's data section")
     tokens: Count | None = Field(None, description="tokens of it to use; all if left out")
@@ -48,8 +49,8 @@ def profile(context: Context, params: ProfileParams) -> None:
     evaluated = [level.get("n_tokens", 0) for table in tables.values() for unit in table for level in unit]
     document = {
         "database": index.digest,
-        "units": [unit["unit"] for unit in units],
-        "levels": [[level["level"] for level in unit["levels"]] for unit in units],
+        "units": [unit.name for unit in units],
+        "levels": [[level.name for level in unit.levels] for unit in units],
         "metrics": {metric: [[level["mean"] for level in unit] for unit in table] for metric, table in tables.items()},
         "evaluated_tokens": sum(evaluated),
     }
@@ -61,37 +62,65 @@ Table = list[list[Measurement]]
 """Per unit and level."""
 
 
-def _measure(context: Context, params: ProfileParams, metric: Metric, units: list[dict[str, Any]]) -> Table:
+def _measure(context: Context, params: ProfileParams, metric: Metric, units: list[UnitEntry]) -> Table:
     if metric == "kl":
         return _one_unit_changed(context, params, units)
-    return [[{"mean": level[metric]} for level in unit["levels"]] for unit in units]
+    return [[{"mean": _error(level, metric)} for level in unit.levels] for unit in units]
 
 
-def _one_unit_changed(context: Context, params: ProfileParams, units: list[dict[str, Any]]) -> Table:
+def _error(level: LevelEntry, metric: str) -> float | None:
+    """An error that was measured when the level was made; keeping a parent costs nothing."""
+    if level.recipe is not None and level.recipe["encoding"] == "keep":
+        return 0.0
+    value: float | None = getattr(level, metric)
+    return value
+
+
+def _one_unit_changed(context: Context, params: ProfileParams, units: list[UnitEntry]) -> Table:
     tokens = tokenized(context, params.data)
     factory = evaluator_factory(context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens)
-    usable = [[number for number, level in enumerate(unit["levels"]) if level["status"] == "ok"] for unit in units]
-    dense = (DENSE,) * len(units)
+    changes = [
+        [number for number, level in enumerate(unit.levels) if level.usable and number != UNCHANGED] for unit in units
+    ]
+    model = (UNCHANGED,) * len(units)
     requests = {
-        unit: Request(tuple((*dense[:unit], level, *dense[unit + 1 :]) for level in levels), tokens=params.tokens)
-        for unit, levels in enumerate(usable)
+        unit: Request(tuple((*model[:unit], level, *model[unit + 1 :]) for level in levels), tokens=params.tokens)
+        for unit, levels in enumerate(changes)
         if levels
     }
     with context.executor.replicas(factory) as pool:
         items = [(request,) for request in requests.values()]
         answers = pool.map(items, keys=[request.key for request in requests.values()], note="units")
-    table: Table = [[{"mean": None} for _ in unit["levels"]] for unit in units]
+        before = 0.0 if _is_dense(context) else _as_it_is(pool, Request((model,), tokens=params.tokens))
+    table: Table = [
+        [{"mean": 0.0 if number == UNCHANGED else None} for number in range(len(unit.levels))] for unit in units
+    ]
     for unit, scores in zip(requests, answers, strict=True):
-        for level, measured in zip(usable[unit], scores, strict=True):
-            table[unit][level] = measured["kl"]
+        for level, measured in zip(changes[unit], scores, strict=True):
+            mean = measured["kl"]["mean"]
+            table[unit][level] = measured["kl"] | {"mean": None if mean is None else mean - before}
     return table
 
 
-def _rows(metric: Metric, units: list[dict[str, Any]], table: Table) -> list[Row]:
+def _is_dense(context: Context) -> bool:
+    """Whether the levels are of the workflow's own model, which is off from itself by nothing."""
+    return DatabaseIndex(context.input("database")).model(context.model) == context.model
+
+
+def _as_it_is(pool: Pool, request: Request) -> float:
+    """What the model whose levels these are is off by already, before any of them: a pruned one, say."""
+    (scores,) = pool.map([(request,)], keys=[f"{request.key}-before"])
+    mean: float | None = scores[0]["kl"]["mean"]
+    if mean is None:
+        raise NotFinite("the model that was compressed before gives NaN or Inf on this text")
+    return mean
+
+
+def _rows(metric: Metric, units: list[UnitEntry], table: Table) -> list[Row]:
     return [
         {
-            "unit": unit["unit"],
-            "level": level["level"],
+            "unit": unit.name,
+            "level": level.name,
             "metric": metric,
             "value": measured["mean"],
             "stderr": measured.get("stderr"),
@@ -99,7 +128,7 @@ def _rows(metric: Metric, units: list[dict[str, Any]], table: Table) -> list[Row
             "status": "nan" if measured["mean"] is None else "ok",
         }
         for unit, measurements in zip(units, table, strict=True)
-        for level, measured in zip(unit["levels"], measurements, strict=True)
+        for level, measured in zip(unit.levels, measurements, strict=True)
     ]
 
 

@@ -1,0 +1,259 @@
+"""Between a database and the solvers: costs in absolute amounts, and budgets as people write them.
+
+People say "3 bits per weight", "900000 bytes of the whole model" or "12 milliseconds of its forward pass"; solvers add
+up bits, bytes and milliseconds of units. This module is the only place where one becomes the other. It also says which
+allocations are one and the same model: units inside a parent that is dropped are not there, whatever their level, and a
+block whose halves are all dropped is a dropped block. It knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from layerwise.errors import InfeasibleBudget, NotFinite, UsageError
+from layerwise.results.resources import OF_LEVELS, RESOURCES
+from layerwise.solvers import Problem
+from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex
+
+Amount = float | str
+"""Of a budget: a number as in RESOURCES, or `40%`, a share of the way from the least that is reachable to the greatest.
+The milliseconds of a workflow that is to run on any machine can only be given as a share."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """What the levels of a database take on a machine, as the `latency` stage leaves it.
+
+    Args:
+        ms: (units, levels), milliseconds of one forward pass; None where a level could not be made.
+        rest_ms: of everything of the model that is no unit.
+    """
+
+    ms: Sequence[Sequence[float | None]]
+    rest_ms: float
+
+
+def load_times(folder: Path, index: DatabaseIndex) -> Times:
+    """Read a `latency` artifact.
+
+    Raises:
+        UsageError: it is that of another database.
+    """
+    document = json.loads((folder / "latency.json").read_text(encoding="utf-8"))
+    if document["database"] != index.digest:
+        raise UsageError(
+            "the latencies are those of another database", hint="time the `compress` stage that is used here"
+        )
+    return Times(document["ms"], document["rest_ms"])
+
+
+class CostTable:
+    """The costs of a database's levels.
+
+    Args:
+        index: the database.
+        times: what its levels take on a machine, if that was measured; with them `ms` is one more resource.
+    """
+
+    def __init__(self, index: DatabaseIndex, times: Times | None = None) -> None:
+        self.index = index
+        self.units = index.units
+        self.n_weights = sum(unit.n_weights for unit in self.units)
+        self.shape = (len(self.units), max(len(unit.levels) for unit in self.units))
+        # Also of levels that are not offered: an allocation may hold them where a unit is not there.
+        self.costs = {resource: self._table(resource) for resource in OF_LEVELS}
+        self.rest = {name: index.rest.get(name, 0.0) for name in self.costs if RESOURCES[name].per == "model"}
+        if times is not None:
+            self.costs["ms"] = np.full(self.shape, np.inf)
+            for row, values in enumerate(times.ms):
+                self.costs["ms"][row, : len(values)] = [np.inf if value is None else value for value in values]
+            self.rest["ms"] = times.rest_ms
+
+    def _table(self, resource: str) -> NDArray[np.float64]:
+        """(units, levels), inf where a unit has no such level."""
+        table = np.full(self.shape, np.inf)
+        for row, unit in enumerate(self.units):
+            for column, level in enumerate(unit.levels):
+                if level.costs is not None:
+                    table[row, column] = level.costs[resource]
+        return table
+
+    @cached_property
+    def offered(self) -> NDArray[np.bool_]:
+        """(units, levels): whether a search may choose a level."""
+        offered = np.zeros(self.shape, dtype=bool)
+        for row, unit in enumerate(self.units):
+            offered[row, : len(unit.levels)] = [level.usable and level.offered for level in unit.levels]
+        return offered
+
+    # --- what is inside what ---
+
+    @cached_property
+    def _inside(self) -> dict[int, list[int]]:
+        """Of each parent, the rows of what it is directly above."""
+        rows = {unit.name: row for row, unit in enumerate(self.units)}
+        found: dict[int, list[int]] = {}
+        for row, unit in enumerate(self.units):
+            if unit.unit.parent is not None:
+                found.setdefault(rows[unit.unit.parent], []).append(row)
+        return found
+
+    @cached_property
+    def nested(self) -> dict[tuple[int, int], list[int]]:
+        """By parent and level that drops it, what is not there then."""
+        return {
+            (row, column): inside
+            for row, inside in self._inside.items()
+            for column, level in enumerate(self.units[row].levels)
+            if level.recipe is not None and level.recipe["encoding"] == "drop"
+        }
+
+    def present(self, genome: Sequence[int]) -> NDArray[np.bool_]:
+        """(units,): what is there, not inside a parent that is dropped."""
+        present = np.ones(len(self.units), dtype=bool)
+        for (row, column), inside in self.nested.items():  # a block before its halves
+            if genome[row] == column or not present[row]:
+                present[inside] = False
+        return present
+
+    def canonical(self, genome: Sequence[int]) -> list[int]:
+        """The same model by its one genome: 0 for what is not there, and a block for all of its halves."""
+        canonical = [int(level) for level in genome]
+        drops = dict(self.nested.keys())
+        for row, inside in self._inside.items():
+            halves = [child for child in inside if self.units[child].is_parent]
+            complete = len(halves) > 1 and len(halves) == len(inside)
+            if row in drops and complete and all(canonical[child] == drops.get(child) for child in halves):
+                canonical[row] = drops[row]
+        for row in np.flatnonzero(~self.present(canonical)).tolist():
+            canonical[row] = UNCHANGED
+        return canonical
+
+    # --- problems ---
+
+    def problem(
+        self, budget: Mapping[str, float], *, tie: bool, losses: Sequence[Sequence[float | None]] | None
+    ) -> Problem:
+        """The allocation problem of one budget.
+
+        Args:
+            budget: by resource, in the amounts of RESOURCES.
+            tie: fused units share one level.
+            losses: (units, levels), None where not finite; None for a search that measures.
+        Raises:
+            InfeasibleBudget: below the least reachable.
+            NotFinite: none of the levels of a unit could be made.
+            UsageError: above the greatest reachable, where it would no longer decide anything; or of a resource that
+                nothing is known of.
+        """
+        self._check_known(budget)
+        table = None
+        if losses is not None:
+            table = np.full(self.shape, np.inf)
+            for row, values in enumerate(losses):
+                table[row, : len(values)] = [np.inf if value is None else value for value in values]
+        limits = {resource: self._absolute(resource, amount) for resource, amount in budget.items()}
+        for unit, offered in zip(self.units, self.offered, strict=True):
+            if not offered.any():
+                errors = [level.error for level in unit.levels if level.error]
+                raise NotFinite(
+                    f"unit {unit.name} has no level to choose: {errors[0] if errors else 'none is offered'}",
+                    hint="mend the model, leave the unit out (`ignore`), or offer it as it is (`{method: dense}`)",
+                )
+        problem = Problem(
+            {resource: np.where(self.offered, amounts, np.inf) for resource, amounts in self.costs.items()},
+            limits,
+            table,
+            groups=self._groups() if tie else (),
+            units=[unit.name for unit in self.units],
+            nested=self.nested,
+        )
+        for resource, amount in budget.items():
+            least, most = (self._readable(resource, total) for total in problem.reachable(resource))
+            if amount < least * (1 - 1e-9):
+                raise InfeasibleBudget(resource, amount, least)
+            if amount > most * (1 + 1e-9):
+                raise UsageError(
+                    f"budget {amount:g} {resource} is above the greatest reachable {most:.6g}",
+                    hint=f"this menu reaches {least:.6g} to {most:.6g} {resource}",
+                )
+        return problem
+
+    def amounts(
+        self, budget: Mapping[str, Amount], *, tie: bool, losses: Sequence[Sequence[float | None]] | None
+    ) -> dict[str, float]:
+        """A budget in numbers: shares of what each resource alone can reach are looked up.
+
+        Args:
+            budget: by resource; see `Amount`.
+            tie, losses: as of `problem`.
+        """
+        shares = {name: float(amount[:-1]) / 100 for name, amount in budget.items() if isinstance(amount, str)}
+        numbers = {name: amount for name, amount in budget.items() if not isinstance(amount, str)}
+        if not shares:
+            return numbers
+        self._check_known(shares)
+        free = self.problem({}, tie=tie, losses=losses)
+        for resource, share in shares.items():
+            least, most = (self._readable(resource, total) for total in free.reachable(resource))
+            numbers[resource] = least + share * (most - least)
+        return {name: numbers[name] for name in budget}
+
+    def in_words(self, error: InfeasibleBudget, budget: Mapping[str, float]) -> InfeasibleBudget:
+        """What a solver says in absolute amounts, in those of RESOURCES."""
+        least = self._readable(error.resource, error.reachable)
+        return InfeasibleBudget(
+            error.resource,
+            budget[error.resource],
+            least,
+            f"no allocation is within {budget_text(budget)}: the least {error.resource} found is {least:.6g}",
+        )
+
+    def _check_known(self, budget: Mapping[str, object]) -> None:
+        if "ms" in budget and "ms" not in self.costs:
+            raise UsageError(
+                "a budget of ms needs measured times", hint="add a `latency` stage to what `allocate` needs"
+            )
+
+    def _absolute(self, resource: str, amount: float) -> float:
+        return amount - self.rest[resource] if resource in self.rest else amount * self.n_weights
+
+    def _readable(self, resource: str, total: float) -> float:
+        return total + self.rest[resource] if resource in self.rest else total / self.n_weights
+
+    def _groups(self) -> list[list[int]]:
+        """Units that serving engines fuse, by index."""
+        members: dict[str, list[int]] = {}
+        for row, unit in enumerate(self.units):
+            if unit.unit.group is not None:
+                members.setdefault(unit.unit.group, []).append(row)
+        return [rows for rows in members.values() if len(rows) > 1]
+
+    def describe(self, genome: Sequence[int]) -> dict[str, float]:
+        """The sizes of an allocation by resource, as people read them; its milliseconds if they are known."""
+        rows, present = np.arange(len(genome)), self.present(genome)
+        sizes = {}
+        for resource, table in self.costs.items():
+            total = float(table[rows, list(genome)][present].sum())
+            readable = self._readable(resource, total)
+            sizes[resource] = int(readable) if RESOURCES[resource].type == "int64" else readable
+        return sizes
+
+    def candidate(self, genome: Sequence[int]) -> str:
+        """The id of a model made of this database: the same for every genome that means it."""
+        return hashlib.sha256(f"{self.index.digest} {self.canonical(genome)}".encode()).hexdigest()[:12]
+
+
+def budget_text(budget: Mapping[str, Amount]) -> str:
+    """`bits=3,bytes=900000`, `ms=40%`."""
+    return ",".join(
+        f"{resource}={amount if isinstance(amount, str) else f'{amount:.12g}'}" for resource, amount in budget.items()
+    )

@@ -1,0 +1,203 @@
+"""Gathers statistics of one shard of the text, one block at a time.
+
+The hidden states of the shard's sequences stand before one block; the block runs on them batch by batch while what its
+units multiply is measured; the results replace the hidden states, the statistics go to disk, and the next block
+follows. So memory holds the hidden states once and the statistics of one block, whatever the depth. Units that read the
+same tensor (q, k and v) share what is measured of it. Batches come in a fixed order: same bytes every time.
+
+Gradients need the whole model and are taken afterwards, sequence by sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layerwise.results.durable import settle_file
+from layerwise.stages.calibrate import Statistic, find_statistic
+from layerwise.stages.models.causal_lm import CausalLM
+from layerwise.stages.models.inputs import observed
+from layerwise.stages.models.network import Unit
+
+
+@dataclass
+class Gathered:
+    """What was found out about a shard beside the files.
+
+    Args:
+        owners: unit to the unit under whose name the statistics of its inputs stand.
+        counts: tokens that reached each unit.
+    """
+
+    owners: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class _Enough(Exception):
+    """Leaves a part of the network once the inputs of its units have been seen."""
+
+
+def statistic_file(folder: Path, statistic: str, position: int, shard: int | None = None) -> Path:
+    """Where the statistics of one part of the network stand; part 0 is what comes before the blocks."""
+    of_shard = "" if shard is None else f"-{shard}"
+    return folder / statistic / f"part-{position + 1}{of_shard}.safetensors"
+
+
+def collect(
+    network: CausalLM,
+    units: Sequence[Unit],
+    sequences: Tensor,
+    folder: Path,
+    *,
+    statistics: Sequence[str],
+    shard: int,
+    batch_size: int,
+) -> Gathered:
+    """Write one file of each statistic for each part of the network.
+
+    Args:
+        network: the model.
+        units: the units to take statistics of.
+        sequences: (sequences, length) int64, those of the shard.
+        folder: gets the files, see `statistic_file`.
+        statistics: their names.
+        shard: its number, for the names of the files.
+        batch_size: sequences that run at a time.
+    """
+    found = {name: find_statistic(name) for name in statistics}
+    gathered = Gathered()
+    hidden_kept = [name for name, statistic in found.items() if statistic.of == "hidden"]
+    of_inputs = {name: statistic for name, statistic in found.items() if statistic.of == "inputs"}
+    batches = sequences.split(batch_size)
+    hidden = [network.begin(batch).hidden for batch in batches]
+    for position in range(network.n_blocks + 1):
+        for name in hidden_kept:
+            _save({"ids": sequences, "hidden": torch.cat(hidden)}, statistic_file(folder, name, position, shard))
+        members = [unit for unit in units if unit.multiplied and unit.positions[-1] == position]
+        measuring = _Measuring(of_inputs, gathered)
+        if position < network.n_blocks:
+            with observed(network, members, measuring.add):
+                for number, batch in enumerate(batches):
+                    # Masks and positions are made anew for each block: cheap, and of the hidden states' size if kept.
+                    hidden[number] = network.run_block(position, hidden[number], network.begin(batch))
+        elif members:
+            _see_the_head(network, members, hidden, batches, measuring)
+        for name, tensors in measuring.totals.items():
+            if tensors:
+                _save(tensors, statistic_file(folder, name, position, shard))
+    gradients = {name: statistic for name, statistic in found.items() if statistic.of == "gradients"}
+    if gradients:
+        _take_gradients(network, units, sequences, gradients, folder, shard)
+    return gathered
+
+
+def _see_the_head(
+    network: CausalLM,
+    members: Sequence[Unit],
+    hidden: Sequence[Tensor],
+    batches: Sequence[Tensor],
+    measuring: _Measuring,
+) -> None:
+    """The head's inputs, without the logits: those of a batch can be larger than the model."""
+
+    def see(unit: Unit, X: Tensor, whole: Tensor) -> None:
+        measuring.add(unit, X, whole)
+        raise _Enough
+
+    with observed(network, members, see):
+        for state, batch in zip(hidden, batches, strict=True):
+            with suppress(_Enough):
+                network.end(state, network.begin(batch))
+
+
+class _Measuring:
+    """Adds up statistics of the inputs of units while a part of the network runs."""
+
+    def __init__(self, statistics: Mapping[str, Statistic], gathered: Gathered) -> None:
+        self.statistics, self.gathered = statistics, gathered
+        self.totals: dict[str, dict[str, Tensor]] = {name: {} for name in statistics}
+        self._readers: dict[int, tuple[str, Tensor]] = {}
+
+    def add(self, unit: Unit, X: Tensor, whole: Tensor) -> None:
+        """One input of a unit, as rows, and the tensor that it came in."""
+        owners, counts = self.gathered.owners, self.gathered.counts
+        counts[unit.name] = counts.get(unit.name, 0) + _n_tokens(unit, X)
+        owner, _ = self._readers.get(id(whole), (None, None))
+        if owner is not None and owner != unit.name and owners.get(unit.name, owner) == owner:
+            owners[unit.name] = owner
+            return
+        # The tensor is kept, so that its id stays its own; the next call of the same unit replaces it.
+        self._readers = {key: kept for key, kept in self._readers.items() if kept[0] != unit.name}
+        self._readers[id(whole)] = unit.name, whole
+        owners[unit.name] = unit.name
+        for name, statistic in self.statistics.items():
+            measured = statistic.measure(X)
+            totals = self.totals[name]
+            totals[unit.name] = statistic.merge(totals[unit.name], measured) if unit.name in totals else measured
+
+
+def _n_tokens(unit: Unit, X: Tensor) -> int:
+    """Tokens in an input; some families give every expert every token, with zeros where it was not chosen."""
+    return int((X != 0).any(1).sum()) if unit.role == "expert" else len(X)
+
+
+def _take_gradients(
+    network: CausalLM,
+    units: Sequence[Unit],
+    sequences: Tensor,
+    statistics: Mapping[str, Statistic],
+    folder: Path,
+    shard: int,
+) -> None:
+    """Statistics of the gradients of the loss, one sequence after the other."""
+    parameters = {unit.view.tensor: network.parameter(unit.view.tensor) for unit in units if unit.view is not None}
+    totals: dict[str, dict[str, Tensor]] = {name: {} for name in statistics}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        for ids in sequences.split(1):
+            logits = network.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+            for unit in units:
+                gradient = parameters[unit.view.tensor].grad if unit.view is not None else None
+                if unit.view is None or gradient is None:
+                    continue
+                for name, statistic in statistics.items():
+                    measured, total = statistic.measure(unit.view.read(gradient)), totals[name]
+                    total[unit.name] = statistic.merge(total[unit.name], measured) if unit.name in total else measured
+            for parameter in parameters.values():
+                parameter.grad = None
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+    by_name = {unit.name: unit for unit in units}
+    for name, total in totals.items():
+        for position in sorted({by_name[unit].positions[-1] for unit in total}):
+            part = {unit: tensor for unit, tensor in total.items() if by_name[unit].positions[-1] == position}
+            _save(part, statistic_file(folder, name, position, shard))
+
+
+def merge(parts: Sequence[Path], target: Path, together: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Statistics of several shards in one file, tensor by tensor and in the order given."""
+    from safetensors import safe_open
+
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        with safe_open(part, framework="pt") as file:
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                total[name] = together(total[name], tensor) if name in total else tensor
+    _save(total, target)
+
+
+def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, partial)
+    settle_file(partial, target)

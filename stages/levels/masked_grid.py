@@ -1,0 +1,98 @@
+"""`masked_grid`: pruned and quantized: one bit for each weight, and codes for those that are kept.
+
+    mask    uint8 (out, ceil(in / 8))               as of `mask`
+    codes   int32 (1, ceil(kept · bits / 32))       of the kept weights, row by row, packed as one row
+    scale, zero, g_idx                              as of `grid`
+
+There is no kernel for it yet: it runs as the dense weight that it decodes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from layerwise.stages.levels.grid import check_scale, grid_overhead_bits, group_grids, size_label
+from layerwise.stages.levels.level import Level
+from layerwise.stages.levels.mask import kept, pack_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def masked_grid_level(
+    name: str,
+    recipe: dict[str, Any],
+    codes: Tensor,
+    *,
+    keep: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor | None = None,
+) -> Level:
+    """Encode codes, grids and a mask as a level.
+
+    Args:
+        name, recipe, codes, scale, zero, group: as of `grid.grid_level`; codes of pruned weights are not looked at.
+        keep: (out, in) bool.
+    Raises:
+        NotFinite: a scale is too large for float16.
+    """
+    import torch
+
+    from layerwise.kernels.packing import pack
+
+    check_scale(name, scale)
+    bits = recipe["bits"]
+    tensors = {
+        "mask": pack_mask(keep),
+        "codes": pack(codes.to(torch.uint8)[keep][None], bits),
+        "scale": scale.half().contiguous(),
+    }
+    if not recipe["sym"]:
+        tensors["zero"] = pack(zero.to(torch.uint8), bits)
+    if group is not None:
+        tensors["g_idx"] = group.to(torch.int32)
+    rows, columns = codes.shape
+    return Level(name, {"encoding": "masked_grid", **recipe}, (rows, columns), tensors)
+
+
+class MaskedGrid:
+    """See the module."""
+
+    @staticmethod
+    def decode(level: Level) -> Tensor:
+        import torch
+
+        from layerwise.kernels.packing import unpack
+
+        bits, keep = level.recipe["bits"], kept(level)
+        scale, zero, group = group_grids(level)
+        row, column = keep.nonzero(as_tuple=True)
+        place = group[column].long()
+        codes = unpack(level.tensors["codes"], bits, len(row))[0].float()
+        codes -= 2 ** (bits - 1) if zero is None else zero[row, place].float()
+        W = torch.zeros(level.shape, device=keep.device)
+        W[row, column] = codes * scale[row, place].float()
+        return W
+
+    @staticmethod
+    def nominal_bits(level: Level) -> float:
+        return float(MaskedGrid.parameters(level) * level.recipe["bits"])
+
+    @staticmethod
+    def stored_bits(level: Level) -> int:
+        codes = MaskedGrid.parameters(level) * level.recipe["bits"]
+        return int(level.n_weights + codes + grid_overhead_bits(level))
+
+    @staticmethod
+    def parameters(level: Level) -> int:
+        return int(kept(level).sum())
+
+    @staticmethod
+    def pack(level: Level) -> None:
+        return None
+
+    @staticmethod
+    def label(recipe: Mapping[str, Any]) -> str:
+        return f"no kernel for a mask with {recipe['bits']} bits {size_label(recipe)}"

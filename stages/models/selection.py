@@ -1,0 +1,75 @@
+"""Which units a stage works on, as a workflow says it, and how the store tells of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from layerwise.stages.contract import Row
+from layerwise.stages.models.network import Uncovered, Unit
+from layerwise.stages.models.survey import Survey
+
+
+def _valid_patterns(value: list[str]) -> list[str]:
+    for pattern in value:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+    return value
+
+
+Targets = Annotated[list[str], AfterValidator(_valid_patterns)]
+Ignored = Annotated[list[str], AfterValidator(_valid_patterns)]
+
+
+def unit_rows(survey: Survey, selected: Collection[str]) -> list[Row]:
+    """Rows of the `units` table: the units that get levels, and all weights that get none.
+
+    Args:
+        survey: of the model.
+        selected: names of the units that get levels.
+    """
+    rows = [_unit_row(unit, "ok" if unit.name in selected else "not selected") for unit, _ in survey.units]
+    return rows + [_uncovered_row(weight) for weight in survey.uncovered]
+
+
+def _unit_row(unit: Unit, status: str) -> Row:
+    return {
+        "unit": unit.name,
+        "kind": unit.kind,
+        "role": unit.role,
+        "block": unit.block,
+        "shape": list(unit.shape),
+        "n_weights": unit.n_weights,
+        "group": unit.group,
+        "parent": unit.parent,
+        "status": status,
+    }
+
+
+def _uncovered_row(weight: Uncovered) -> Row:
+    return {
+        "unit": weight.tensor,
+        "block": weight.block,
+        "n_weights": weight.n_weights,
+        "status": "no unit",
+        "error": weight.reason,
+    }
+
+
+def left_alone(survey: Survey, selected: Collection[str]) -> str | None:
+    """A sentence on the weights of two and more dimensions that get no levels; None if all do."""
+    total = sum(unit.n_weights for unit, _ in survey.units) + sum(weight.n_weights for weight in survey.uncovered)
+    missing = {unit.name: unit.n_weights for unit, _ in survey.units if unit.name not in selected}
+    missing |= {weight.tensor: weight.n_weights for weight in survey.uncovered}
+    if not missing:
+        return None
+    largest = sorted(missing, key=lambda name: -missing[name])[:3]
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    count = sum(missing.values())
+    return f"{count:,} of {total:,} weights ({count / total:.0%}) stay as they are: {', '.join(largest)}{more}"
