@@ -125,18 +125,15 @@ class _Path:
         assert untied.losses is not None
         self._tables = {**untied.costs, LOSS: untied.losses}
         self._prices = _prices(untied, problem.minimize)
-        self._cheapest = self._prices.argmin(axis=1)
-        self._absent_at = untied.nested
-        self._inside: dict[int, list[int]] = {}
-        for (unit, _), inside in untied.nested.items():
-            self._inside.setdefault(unit, []).extend(inside)
-        self._outside = {child: unit for unit, inside in self._inside.items() for child in inside}
+        self._cheapest = untied.lowest(self._prices)
+        self._forest = untied.forest
+        self._inside = {unit: self._forest.descendants(unit) for unit in self._forest.children}
         self._partners: dict[Place, list[tuple[Place, float]]] = {}
         for (a, b), loss in untied.interactions.items():
             self._partners.setdefault(a, []).append((b, loss))
             self._partners.setdefault(b, []).append((a, loss))
         self._with_partners = {unit for unit, _ in self._partners}
-        start = _least_harmful(untied, self._prices)
+        start = untied.lowest(untied.losses, then=self._prices)
         self._present = untied.present(start)
         self._choice = np.where(self._present, start, self._cheapest)
         self._start = self._choice.copy()
@@ -149,8 +146,8 @@ class _Path:
         choice = self._start.copy()
         for unit, level in self._steps[:point]:
             choice[unit] = level
-            for child in self._absent_at.get((unit, level), ()):
-                choice[child] = self._cheapest[child]
+            absent = self._absent(choice, unit)
+            choice[absent] = self._cheapest[absent]
         return choice
 
     def within(self, problem: Problem) -> list[int]:
@@ -234,16 +231,24 @@ class _Path:
         places = [(unit, int(self._choice[unit])) for unit in block]
         partners = {partner for place in places for (partner, _), _ in self._partners.get(place, ())}
         concerned = {*block, *partners}
-        return concerned | {self._outside[unit] for unit in concerned if unit in self._outside}
+        return concerned.union(*(self._forest.ancestors(unit) for unit in concerned))
 
     def _set(self, unit: int, level: int) -> None:
         """Change one unit's level; who is absent then stands at its cheapest level."""
         self._choice[unit] = level
-        inside = self._inside.get(unit, [])
-        absent = list(self._absent_at.get((unit, level), ()))
+        inside, absent = self._inside.get(unit, []), self._absent(self._choice, unit)
         self._present[inside] = True
         self._present[absent] = False
         self._choice[absent] = self._cheapest[absent]
+
+    def _absent(self, choice: Choice, unit: int) -> list[int]:
+        """Which of the units inside a unit that is present are absent."""
+        absent = list[int]()
+        for child in self._inside.get(unit, ()):  # each after its parent
+            parent = self._forest.parent[child]
+            if parent in absent or not self._forest.kept[child, choice[parent]]:
+                absent.append(child)
+        return absent
 
     def _sum(self, table: NDArray[np.float64], block: list[int]) -> float:
         """Summed entries of the units of a block that are present."""
@@ -273,16 +278,3 @@ def _prices(untied: Problem, minimize: str) -> NDArray[np.float64]:
     if minimize == LOSS or minimize in untied.limits:
         return untied.shares
     return untied.variant(budgets={**untied.budgets, minimize: untied.reachable(minimize)[1]}).shares
-
-
-def _least_harmful(untied: Problem, prices: NDArray[np.float64]) -> Choice:
-    """Every unit at its least loss; of equal losses the cheaper."""
-    assert untied.losses is not None
-    top = untied.top(untied.losses)
-    best = {**dict(enumerate(untied.losses)), **dict(zip(untied.outer.tolist(), top, strict=True))}
-    return np.array(
-        [
-            min(range(len(prices[unit])), key=lambda level: (row[level], prices[unit, level]))
-            for unit, row in best.items()
-        ]
-    )

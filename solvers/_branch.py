@@ -140,7 +140,7 @@ class _Options(NamedTuple):
     Args:
         added: (options, resources), what they add to the costs.
         penalty: (options,).
-        members: (units concerned,); the unit itself, or a block with the units inside it.
+        members: (units concerned,); the unit itself, or a block with all units inside it.
         levels: (options, units concerned).
     """
 
@@ -195,6 +195,8 @@ class _Search:
         self.gap, self.tolerance, self.floor = gap, tolerance, math.inf
         self.late = self._thinned = False
         self.penalties = relaxed.penalties(prices)
+        self.subtotals = relaxed.problem.forest.subtotals(self.penalties)
+        self.forest = relaxed.problem.forest
         self.base = self._base(known)
         self.room = relaxed.limits - relaxed.spent(self.base)
         self.weights = 1.0 / scale_of(relaxed.limits)
@@ -202,6 +204,7 @@ class _Search:
         self.extra = self.penalties - self.penalties[rows, self.base][:, None]
         self.extra[rows, self.base] = np.inf  # no other way than the base
         self.added = relaxed.costs - relaxed.costs[:, rows, self.base][:, :, None]
+        self.carried = self.forest.carried(self.base, relaxed.costs[:, rows, self.base].T)  # (units, resources)
         self.blocks: dict[int, _Options] = {}
 
     def _base(self, known: Choice) -> Choice:
@@ -218,7 +221,8 @@ class _Search:
         if self.gap <= self.tolerance:
             self.floor = 0.0
             return None
-        self.blocks = {unit: self._block(unit) for unit in dict.fromkeys(u for u, _ in self.relaxed.problem.nested)}
+        for unit in self.forest.bottom_up():
+            self.blocks[unit] = self._block(unit)
         units, rates = self._order()
         cost, penalty = np.zeros((1, len(self.prices))), np.zeros(1)
         steps: list[_Step] = []
@@ -283,13 +287,13 @@ class _Search:
     def _order(self) -> tuple[list[int], list[_Rates]]:
         """The units that keep a choice, by the least penalty for which they move cost, and the rates from each on."""
         useful = self.extra < self.gap
-        useful[np.setdiff1d(np.arange(len(useful)), self.relaxed.problem.outer)] = False  # decided with their blocks
+        useful[self.forest.parent >= 0] = False  # decided with their blocks
         extra = np.where(useful, self.extra, np.inf)
         penalty = extra.min(axis=1)
         relief = _rate(extra, -self.added).min(axis=2).T
         fill = _rate(extra, np.tensordot(self.prices, np.maximum(self.added, 0.0), axes=1)).min(axis=1)
         either = _rate(extra, np.tensordot(self.prices, np.abs(self.added), axes=1)).min(axis=1)
-        for unit, options in self.blocks.items():
+        for unit, options in ((unit, self.blocks[unit]) for unit in self.forest.roots.tolist() if unit in self.blocks):
             penalty[unit] = options.penalty.min(initial=np.inf)
             relief[unit] = _rate(options.penalty[:, None], -options.added).min(axis=0, initial=np.inf)
             fill[unit] = _rate(options.penalty, np.maximum(options.added, 0.0) @ self.prices).min(initial=np.inf)
@@ -309,42 +313,38 @@ class _Search:
 
     def _block(self, unit: int) -> _Options:
         """Every allocation of a block within the gap but the base: its own level, and the levels of those inside."""
-        places = {level: inside for (parent, level), inside in self.relaxed.problem.nested.items() if parent == unit}
-        inside = [child for children in places.values() for child in children]
-        members = np.array([unit, *inside])
-        parts = [
-            self._block_at(members, level, [child for child in inside if child not in places.get(level, ())])
-            for level in np.flatnonzero(np.isfinite(self.penalties[unit])).tolist()
-        ]
-        cost, total, levels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        best = total.min()
-        at_base = np.flatnonzero((levels == self.base[members]).all(axis=1))
-        present = self.relaxed.problem.present(self.base)[members]
-        spent = (self.relaxed.costs[:, members, self.base[members]] * present).sum(axis=1)
-        other = np.setdiff1d(np.flatnonzero(total - best < self.gap), at_base)
-        return _Options(cost[other] - spent, total[other] - best, members, levels[other])
+        members = np.array([unit, *self.forest.descendants(unit)])
+        excess = self.subtotals[unit] - self.subtotals[unit].min()
+        levels = np.flatnonzero(excess < self.gap)
+        parts = [self._block_at(members, level, float(excess[level])) for level in levels.tolist()]
+        cost, penalty, choices = (np.concatenate(column) for column in zip(*parts, strict=True))
+        other = (choices != self.base[members]).any(axis=1) & (penalty < self.gap)
+        return _Options(cost[other] - self.carried[unit], penalty[other], members, choices[other])
 
     def _block_at(
-        self, members: NDArray[np.int64], level: int, there: list[int]
+        self, members: NDArray[np.int64], level: int, excess: float
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
         """Costs, penalties and levels of a block's allocations at one level of its own."""
-        costs, unit = self.relaxed.costs, members[0]
+        unit = members[0]
+        there = [child for child in self.forest.children[unit] if self.forest.kept[child, level]]
         levels = self.base[members][None, :].copy()
         levels[0, 0] = level
-        cost = (costs[:, unit, level] + costs[:, there, self.base[there]].sum(axis=1))[None, :]
-        least = float(self.penalties[unit, level] + self.penalties[there, self.base[there]].sum())
-        total = np.array([least])
+        cost = (self.relaxed.costs[:, unit, level] + self.carried[there].sum(axis=0))[None, :]
+        penalty = np.array([excess])
+        column = {member: index for index, member in enumerate(members.tolist())}
         for child in there:
-            moves = np.flatnonzero(self.extra[child] < self.gap)
-            cost = np.concatenate([cost, *(cost + self.added[:, child, move] for move in moves)])
-            total = np.concatenate([total, *(total + self.extra[child, move] for move in moves)])
-            moved = [levels.copy() for _ in moves]
-            for rows, move in zip(moved, moves, strict=True):
-                rows[:, members == child] = move
+            options = self._options(child)
+            first = column[int(options.members[0])]  # a child and those below it stand side by side
+            columns = slice(first, first + len(options.members))
+            cost = np.concatenate([cost, *(cost + added for added in options.added)])
+            penalty = np.concatenate([penalty, *(penalty + extra for extra in options.penalty)])
+            moved = [levels.copy() for _ in options.penalty]
+            for rows, levels_of_child in zip(moved, options.levels, strict=True):
+                rows[:, columns] = levels_of_child
             levels = np.concatenate([levels, *moved])
-            kept = self._kept(cost, total - least, total - least, total)
-            cost, total, levels = cost[kept], total[kept], levels[kept]
-        return cost, total, levels
+            kept = self._kept(cost, penalty, penalty, penalty)
+            cost, penalty, levels = cost[kept], penalty[kept], levels[kept]
+        return cost, penalty, levels
 
     def _traced(self, steps: list[_Step], state: int, options: _Options, option: int) -> Choice:
         """The allocation of a state: what it came from, and what it did last."""

@@ -1,9 +1,9 @@
 """Every allocation, one after the other: for tests and for tiny problems, whatever binds their units.
 
-Allocations are counted in mixed radix and looked at in chunks. An outer unit and the units nested in it count as one
-digit, with a value for each combination of levels in which absent units stand at their cheapest, so no allocation comes
-twice. Sums are compensated (each addition's rounding error is added up as well), which makes them equal to the exactly
-rounded sums of `Problem.loss` and `Problem.cost`.
+Allocations are counted in mixed radix and looked at in chunks. A unit that is not nested and those nested in it, at any
+depth, count as one digit, with a value for each combination of levels in canonical form, so no allocation comes twice.
+Sums are compensated (each addition's rounding error is added up as well), which makes them equal to the exactly rounded
+sums of `Problem.loss` and `Problem.cost`.
 """
 
 from __future__ import annotations
@@ -66,34 +66,26 @@ def brute(problem: Problem, max_allocations: int = 2_000_000) -> Solution:
     )
 
 
-def _inside(problem: Problem, unit: int) -> dict[int, tuple[int, ...]]:
-    """The units that are absent at each level of a unit."""
-    return {level: tuple(units) for (parent, level), units in problem.nested.items() if parent == unit}
-
-
 def _combinations(problem: Problem, unit: int) -> int:
-    """How many allocations there are of a unit and those nested in it."""
-    inside = _inside(problem, unit)
-    ways = {child: int(problem.available[child].sum()) for children in inside.values() for child in children}
-    everything = math.prod(ways.values())
+    """How many allocations there are of a unit and those nested in it, given that it is present."""
+    forest = problem.forest
+    ways = {child: _combinations(problem, child) for child in forest.children.get(unit, ())}
     levels = np.flatnonzero(problem.available[unit]).tolist()
-    return sum(everything // math.prod(ways[child] for child in inside.get(level, ())) for level in levels)
+    return sum(math.prod(n for child, n in ways.items() if forest.kept[child, level]) for level in levels)
 
 
 def _digit(problem: Problem, unit: int) -> tuple[list[int], NDArray[np.int64]]:
     """A unit and those nested in it, and all their allocations, (allocations, these units)."""
-    inside = _inside(problem, unit)
-    children = [child for units in inside.values() for child in units]
-    cheapest = problem.shares.argmin(axis=1)
-    rows: list[tuple[int, ...]] = []
+    units, rows = [unit], list[list[int]]()
+    parts = []
+    for child in problem.forest.children.get(unit, ()):
+        members, menu = _digit(problem, child)
+        units += members
+        parts.append((child, menu.tolist(), [problem.resting[members].tolist()]))
     for level in np.flatnonzero(problem.available[unit]).tolist():
-        absent = inside.get(level, ())
-        menus = [
-            [int(cheapest[child])] if child in absent else np.flatnonzero(problem.available[child]).tolist()
-            for child in children
-        ]
-        rows += itertools.product([level], *menus)
-    return [unit, *children], np.array(rows, dtype=np.int64)
+        menus = [menu if problem.forest.kept[child, level] else absent for child, menu, absent in parts]
+        rows += [[level, *itertools.chain(*part)] for part in itertools.product(*menus)]
+    return units, np.array(rows, dtype=np.int64)
 
 
 def _allocations(problem: Problem, count: int) -> Iterator[NDArray[np.int64]]:
@@ -110,9 +102,7 @@ def _allocations(problem: Problem, count: int) -> Iterator[NDArray[np.int64]]:
 
 def _best_of(problem: Problem, untied: Problem, choices: NDArray[np.int64]) -> _Best | None:
     """The best of some allocations of the problem without ties, under the limits and for the objective of `problem`."""
-    present = np.ones(choices.shape, dtype=np.bool_)
-    for (unit, level), inside in untied.nested.items():
-        present[np.ix_(choices[:, unit] == level, inside)] = False
+    present = untied.forest.present(choices)
     sums = {resource: _sum(_terms(table, choices, present)) for resource, table in untied.costs.items()}
     assert untied.losses is not None
     sums[LOSS] = _sum(itertools.chain(_terms(untied.losses, choices, present), _pairs(untied, choices, present)))

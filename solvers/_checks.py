@@ -143,34 +143,52 @@ def nesting(
         named.place(place, "nested"): tuple(named.unit(unit, "nested") for unit in _several(inside, "nested"))
         for place, inside in nested.items()
     }
-    place_of: dict[int, tuple[int, int]] = {}
+    places: dict[int, list[tuple[int, int]]] = {}
     for place, inside in checked.items():
         for unit in inside:
-            if unit in place_of:
+            before = places.setdefault(unit, [])
+            if before and (before[0][0] != place[0] or place in before):
                 raise InvalidProblem(
-                    f"{named.units[unit]} is nested in {named.at(place_of[unit])} and in {named.at(place)}"
+                    f"{named.units[unit]} is nested in {named.at(before[-1])} and in {named.at(place)}",
+                    hint="a unit can be nested in several levels, but of one unit",
                 )
-            place_of[unit] = place
-    for unit, place in place_of.items():
-        if place[0] in place_of:
-            raise InvalidProblem(f"{named.units[unit]} is nested in {named.units[place[0]]}, which is nested itself")
+            before.append(place)
+    parents = {unit: where[0][0] for unit, where in places.items()}
+    for unit in parents:
+        _no_circle(unit, parents, named)
     for group in groups:
-        _nested_alike(group, place_of, groups, named)
+        _nested_alike(group, places, parents, groups, named)
     return {place: inside for place, inside in checked.items() if inside}
 
 
+def _no_circle(unit: int, parents: Mapping[int, int], named: Names) -> None:
+    path = [unit]
+    while path[-1] in parents:
+        path.append(parents[path[-1]])
+        if path[-1] == unit:
+            raise InvalidProblem(f"{' is nested in '.join(named.units[member] for member in path)}: a circle")
+        if path[-1] in path[:-1]:
+            return  # a circle further up, which is named when it is that one's turn
+
+
 def _nested_alike(
-    group: Sequence[int], place_of: Mapping[int, tuple[int, int]], groups: Sequence[Sequence[int]], named: Names
+    group: Sequence[int],
+    places: Mapping[int, Sequence[tuple[int, int]]],
+    parents: Mapping[int, int],
+    groups: Sequence[Sequence[int]],
+    named: Names,
 ) -> None:
-    """Tied units must always be absent together: nested in one place, or at one level of tied units."""
+    """Tied units must always be absent together: nested in the same levels of one unit, or of tied units."""
+    for unit in group:
+        above = unit
+        while above in parents:
+            above = parents[above]
+            if above in group:
+                raise InvalidProblem(f"{named.units[unit]} is tied to {named.units[above]}, which it is nested in")
     sets = {unit: index for index, tied in enumerate(groups) for unit in tied}
-    homes = {place_of.get(unit) for unit in group}
-    tied_homes = {None if home is None else (sets.get(home[0], -1 - home[0]), home[1]) for home in homes}
-    if len(tied_homes) > 1:
+    homes = {frozenset((sets.get(unit, -1 - unit), level) for unit, level in places.get(tied, ())) for tied in group}
+    if len(homes) > 1:
         raise InvalidProblem(f"the tied units {named.listed(group)} are not nested in the same place")
-    units = {home[0] for home in homes if home is not None}
-    if units & set(group):
-        raise InvalidProblem(f"{named.listed(units & set(group))} is tied to a unit that is nested in it")
 
 
 def pairs(interactions: Mapping[Any, float], named: Names) -> dict[tuple[tuple[int, int], tuple[int, int]], float]:

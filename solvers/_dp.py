@@ -6,7 +6,7 @@ layers, say) there are never more states than multiples that fit in the budget, 
 be no smaller. What is left at the end is the whole trade-off up to the budget, of which the last state is the answer.
 
 A block with units inside is decided level by level: the states go on with the block's units where these are present and
-without them where not, and meet again behind the block.
+without them where not, and meet again behind the block; so does a block inside a block.
 
 Left out: several budgets (states would be dominated too rarely; use `branch`).
 """
@@ -71,10 +71,7 @@ def dp(problem: Problem, max_states: int = 200_000) -> Solution:
 def _freely(problem: Problem) -> Choice:
     """The allocation of the least loss, whatever it costs; of equal losses the cheapest."""
     assert problem.losses is not None
-    best = problem.losses == problem.losses.min(axis=1, keepdims=True)
-    top = problem.top(problem.losses)
-    best[problem.outer] = top == top.min(axis=1, keepdims=True)
-    return problem.lowest(np.where(best, problem.shares, np.inf))
+    return problem.lowest(problem.losses, then=problem.shares)
 
 
 def _room(problem: Problem) -> tuple[NDArray[np.float64], float]:
@@ -91,24 +88,24 @@ class Ends(NamedTuple):
         cost, loss: (states,); the cost above the cheapest allocation.
         node: (states,), the last decision of each.
         decisions: all decisions that led to one of them.
-        cheapest: (units,), the level of units that are absent.
+        resting: (units,), the level of units that are absent.
     """
 
     cost: NDArray[np.float64]
     loss: NDArray[np.float64]
     node: NDArray[np.int64]
     decisions: _Decisions
-    cheapest: Choice
+    resting: Choice
 
     def choice(self, index: int) -> Choice:
         """The allocation of a state."""
-        choice: Choice = self.decisions.traced(self.node[[index]], self.cheapest)[0]
+        choice: Choice = self.decisions.traced(self.node[[index]], self.resting)[0]
         return choice
 
     def choices(self) -> Iterator[Choice]:
         """The allocations of all states in turn."""
         for start in range(0, len(self.node), _AT_A_TIME):
-            yield from self.decisions.traced(self.node[start : start + _AT_A_TIME], self.cheapest)
+            yield from self.decisions.traced(self.node[start : start + _AT_A_TIME], self.resting)
 
 
 class _Decisions:
@@ -129,9 +126,9 @@ class _Decisions:
         self._starts.append(start + len(levels))
         return np.arange(start, start + len(levels))
 
-    def traced(self, nodes: NDArray[np.int64], cheapest: Choice) -> NDArray[np.int64]:
-        """(states, units): the decisions that led to some states, and the cheapest level where there was none."""
-        choices, nodes = np.tile(cheapest, (len(nodes), 1)), nodes.copy()
+    def traced(self, nodes: NDArray[np.int64], resting: Choice) -> NDArray[np.int64]:
+        """(states, units): the decisions that led to some states, and the resting level where there was none."""
+        choices, nodes = np.tile(resting, (len(nodes), 1)), nodes.copy()
         for block in reversed(range(len(self._units))):
             here = np.flatnonzero(nodes >= self._starts[block])
             place = nodes[here] - self._starts[block]
@@ -166,41 +163,61 @@ def non_dominated_ends(problem: Problem, costs: NDArray[np.float64], room: float
         room: the most that these may add up to.
         max_states: at any time.
     """
-    assert problem.losses is not None
-    decisions = _Decisions()
+    growth = _Growth(problem, costs, room, max_states)
     states = _States(np.zeros(1), np.zeros(1), np.array([-1]))
+    try:
+        for unit in problem.outer.tolist():
+            states = growth.by_tree(states, unit)
+    except _TooManyStates:
+        return None
+    return Ends(states.cost, states.loss, states.node, growth.decisions, problem.resting)
 
-    def decided(states: _States, unit: int, levels: Sequence[int]) -> _States:
+
+class _TooManyStates(Exception):
+    pass
+
+
+class _Growth:
+    """States that grow by one unit after the other; the arguments are those of `non_dominated_ends`."""
+
+    def __init__(self, problem: Problem, costs: NDArray[np.float64], room: float, max_states: int) -> None:
         assert problem.losses is not None
-        allowed = [level for level in levels if problem.available[unit, level] and costs[unit, level] <= room]
-        cost = (costs[unit, allowed][:, None] + states.cost).ravel()
-        loss = (problem.losses[unit, allowed][:, None] + states.loss).ravel()
-        grown = _States(cost, loss, np.arange(len(cost))).undominated(room)
-        before, level = grown.node % len(states.node), np.array(allowed, dtype=np.int64)[grown.node // len(states.node)]
-        return _States(grown.cost, grown.loss, decisions.add(unit, level, states.node[before]))
+        self._problem, self._costs, self._losses = problem, costs, problem.losses
+        self._room, self._max_states = room, max_states
+        self.decisions = _Decisions()
 
-    for unit in problem.outer.tolist():
+    def by_tree(self, states: _States, unit: int) -> _States:
+        """The states with a unit and all that is nested in it decided."""
         ways = []
-        for levels, inside in _ways(problem, unit):
-            way = decided(states, unit, levels)
+        for levels, inside in self._ways(unit):
+            way = self._by_unit(states, unit, levels)
             for child in inside:
-                if len(way.node) > max_states:
-                    return None
-                way = decided(way, child, range(problem.shape[1]))
+                way = self.by_tree(way, child)
             ways.append(way)
-        states = ways[0] if len(ways) == 1 else _States(*map(np.concatenate, zip(*ways, strict=True))).undominated(room)
-        if len(states.node) > max_states:
-            return None
-    return Ends(states.cost, states.loss, states.node, decisions, problem.shares.argmin(axis=1))
+        if len(ways) == 1:
+            return ways[0]
+        return self._within(_States(*map(np.concatenate, zip(*ways, strict=True))).undominated(self._room))
 
+    def _ways(self, unit: int) -> list[tuple[list[int], tuple[int, ...]]]:
+        """The levels of a unit, those together that leave the same nested units present, with these units."""
+        forest, ways = self._problem.forest, dict[tuple[int, ...], list[int]]()
+        children = forest.children.get(unit, [])
+        for level in np.flatnonzero(self._problem.available[unit]).tolist():
+            ways.setdefault(tuple(child for child in children if forest.kept[child, level]), []).append(level)
+        return [(levels, inside) for inside, levels in ways.items()]
 
-def _ways(problem: Problem, unit: int) -> list[tuple[list[int], list[int]]]:
-    """The levels of a unit, those together that leave the same nested units present, with these units."""
-    places = {level: inside for (parent, level), inside in problem.nested.items() if parent == unit}
-    everyone = [child for inside in places.values() for child in inside]
-    ways = [([level for level in range(problem.shape[1]) if level not in places], everyone)]
-    ways += [([level], [child for child in everyone if child not in inside]) for level, inside in places.items()]
-    return [(levels, inside) for levels, inside in ways if problem.available[unit, levels].any()]
+    def _by_unit(self, states: _States, unit: int, levels: Sequence[int]) -> _States:
+        allowed = [level for level in levels if self._costs[unit, level] <= self._room]
+        cost = (self._costs[unit, allowed][:, None] + states.cost).ravel()
+        loss = (self._losses[unit, allowed][:, None] + states.loss).ravel()
+        grown = _States(cost, loss, np.arange(len(cost))).undominated(self._room)
+        before, level = grown.node % len(states.node), np.array(allowed, dtype=np.int64)[grown.node // len(states.node)]
+        return self._within(_States(grown.cost, grown.loss, self.decisions.add(unit, level, states.node[before])))
+
+    def _within(self, states: _States) -> _States:
+        if len(states.node) > self._max_states:
+            raise _TooManyStates
+        return states
 
 
 def on_grid(

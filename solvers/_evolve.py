@@ -205,7 +205,7 @@ class Evolve:
             raise UsageError("the search is done; there is nothing left to evaluate")
         draws = self._rng(_DRAW).integers(2**32, size=len(self._settings.tokens) + 1)
         return Ask(
-            candidates=tuple(self._problem.expand(candidate) for candidate in self._candidates()),
+            candidates=tuple(self._problem.canonical(self._problem.expand(own)) for own in self._candidates()),
             tokens=self._tokens(),
             draw=int(draws[self._round]),
             generation=self._generation,

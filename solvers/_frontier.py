@@ -49,10 +49,13 @@ class Frontier:
         return len(self.costs)
 
     def choice(self, index: int) -> Choice:
-        """The allocation of a point, (units,) level indices; takes time in proportion to the units, not the points."""
+        """The allocation of a point, (units,) level indices in the form of `Problem.canonical`.
+
+        Takes time in proportion to the units, not the points.
+        """
         if not -len(self) <= index < len(self):
             raise UsageError(f"the frontier has {len(self)} points, found index {index}")
-        return self._problem.expand(self._points.choice(index % len(self)))
+        return self._problem.canonical(self._problem.expand(self._points.choice(index % len(self))))
 
     def solution(self, index: int) -> Solution:
         """A point with all its costs. Its lower bound is its loss, where the point is known to be optimal."""

@@ -91,7 +91,8 @@ def any_feasible(problem: Problem) -> Choice:
     plain = problem.plain()
     choice = plain.lowest(plain.shares)
     if not plain.feasible(choice):
-        choice = ilp(plain.variant(losses=plain.shares, interactions={})).choice
+        found = ilp(plain.variant(losses=plain.shares, interactions={})).choice
+        choice = np.where(plain.present(found), found, choice)
     return problem.expand(choice)
 
 

@@ -112,7 +112,7 @@ def given_start(problem: Problem, start: Solution | ArrayLike | None) -> Choice 
     problem.check_budgets()
     if start is None:
         return None
-    folded = problem.fold(start.choice if isinstance(start, Solution) else start)
+    folded = problem.fold(problem.canonical(start))
     plain = problem.plain()
     if not plain.feasible(folded):
         over = [
@@ -121,8 +121,7 @@ def given_start(problem: Problem, start: Solution | ArrayLike | None) -> Choice 
             if resource in plain.limits
         ]
         raise UsageError(f"the start has an unavailable level or is outside the budgets: {', '.join(over)}")
-    usable = plain.available[np.arange(len(folded)), folded]  # but for absent units, which may come back
-    return np.where(usable, folded, plain.shares.argmin(axis=1))
+    return np.where(plain.present(folded), folded, plain.lowest(plain.shares))  # the others come back at their cheapest
 
 
 def as_choice(levels: Sequence[int]) -> Choice:
@@ -132,7 +131,7 @@ def as_choice(levels: Sequence[int]) -> Choice:
 
 def key(problem: Problem, choice: Choice) -> bytes:
     """Equal for allocations that are the same but for the levels of absent units."""
-    return (np.where(problem.present(choice), choice, -1) if problem.nested else choice).tobytes()
+    return problem.canonical(choice).tobytes()
 
 
 def digest(problem: Problem, choice: Choice) -> str:

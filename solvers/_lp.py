@@ -144,5 +144,5 @@ def _safe_bound(program: Program, relaxed: _Relaxed) -> float:
     limits = [price * spendable(problem.limits[resource]) for resource, price in relaxed.prices.items()]
     offsets = [*limits, *q[penalties.sign > 0].tolist()]
     summed = [*size[np.arange(len(size)), problem.lowest(total)].tolist(), *map(abs, offsets)]
-    rounding = (8 + len(terms) + len(q)) * _EPSILON * math.fsum(summed)
+    rounding = (7 + len(terms) + len(q) + problem.forest.most_terms) * _EPSILON * math.fsum(summed)
     return math.fsum([problem.least(total), *(-offset for offset in offsets), -rounding])

@@ -30,8 +30,11 @@ class Moves:
     """Steps up and down the levels of a problem without groups.
 
     Each unit's available levels stand in the order of their `Problem.shares`: by cost where there is one budget, of
-    equal costs the lower index first; a block's levels with the least that the units inside then cost. A step leads to
-    the neighbour in that order.
+    equal costs the lower index first; a block's levels with the least that the units inside then cost, of equal ones
+    with the most. (Where all that is inside can be dropped, keeping a block costs as little as dropping it, and only
+    the first leads anywhere.) A step leads to the neighbour in that order.
+
+    Units that are absent keep their levels, and come back with them.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -45,10 +48,11 @@ class Moves:
         self._costs: NDArray[np.float64] = np.stack(costs, axis=2) if costs else np.zeros((n_units, n_levels, 0))
         self._up = np.full((n_units, n_levels), -1)  # the next dearer level, -1 at the end
         self._down = np.full((n_units, n_levels), -1)
-        shares = problem.shares.copy()
-        shares[problem.outer] = problem.top(problem.shares)
+        least = problem.forest.subtotals(problem.shares)
+        most = -problem.forest.subtotals(np.where(problem.available, -problem.shares, np.inf))
+        order = np.lexsort((most, least))
         for unit in range(n_units):
-            ladder = [level for level in np.argsort(shares[unit], kind="stable") if problem.available[unit, level]]
+            ladder = [level for level in order[unit] if problem.available[unit, level]]
             self._up[unit, ladder[:-1]] = ladder[1:]
             self._down[unit, ladder[1:]] = ladder[:-1]
 
@@ -125,7 +129,7 @@ class Moves:
         return unit
 
     def _present(self, choice: Choice) -> NDArray[np.bool_]:
-        return self._problem.present(choice) if self._problem.nested else self._all
+        return self._problem.forest.present(choice) if self._problem.nested else self._all
 
     def _used(self, choice: Choice) -> NDArray[np.float64]:
         return np.asarray(self._costs[self._rows, choice][self._present(choice)].sum(axis=0))
@@ -138,9 +142,9 @@ class Moves:
         """(units, budgets): what a step of each unit along the ladder adds to the costs; garbage where it has none."""
         now, after = self._costs[self._rows, choice], ladder[self._rows, choice]
         added: NDArray[np.float64] = self._costs[self._rows, after] - now
-        for (unit, level), inside in self._problem.nested.items():
-            if level in (choice[unit], after[unit]) and choice[unit] != after[unit]:
-                added[unit] += now[list(inside)].sum(axis=0) * (1 if choice[unit] == level else -1)
+        if self._problem.nested:
+            inside = self._problem.forest.inside(choice, now)
+            added += inside[self._rows, after] - inside[self._rows, choice]
         return added
 
     def _affordable(self, choice: Choice) -> NDArray[np.bool_]:

@@ -4,7 +4,9 @@ With x_ul = 1 where unit u is present at level l, and a, b the places (unit, lev
 
     minimise   sum_ul loss_ul x_ul + sum_ab penalty_ab z_ab
     such that  sum_l x_ul = 1                        for every unit u that is not nested,
-               sum_l x_ul + x_vm = 1                 for every unit u that is nested in level m of unit v,
+               sum_l x_ul + sum_vm x_vm = 1          for every unit u that is nested, over all levels m of units v that
+                                                     remove it or something that it is nested in (of these x_vm, one
+                                                     at most is 1, for a unit that is absent has no x of 1 itself),
                sum_ul cost_ul x_ul <= limit          for every limited resource,
                x_a + x_b - 1 <= z_ab or x_a - x_b <= z_ab,   z >= 0.
 
@@ -59,8 +61,8 @@ class Program:
         least: the objective where nothing is added.
         costs: by limited resource, (switches,), above the least and as shares of the room, so that the limit is 1.
         rooms: by limited resource, what the limit leaves above the least.
-        nested: (nested units, 2), each with the switch that makes it absent; units that nothing can make absent are
-            not among them.
+        nested: (pairs, 2), a nested unit and a switch that makes it absent, for all of these; units that nothing can
+            make absent are not among them.
         penalties: the interactions.
     """
 
@@ -82,11 +84,11 @@ class Program:
         return not ways.all()
 
     def choice(self, values: NDArray[np.float64]) -> Choice:
-        """The allocation in which every unit has its greatest x, (switches,); absent ones have their cheapest level."""
+        """The allocation in which every unit has its greatest x, (switches,); absent ones are at their cheapest."""
         table = np.full(self.problem.shape, -np.inf)
         table[self.unit, self.level] = values
         choice: Choice = table.argmax(axis=1)
-        return np.where(self.problem.present(choice), choice, self.problem.shares.argmin(axis=1))
+        return np.where(self.problem.present(choice), choice, self.problem.lowest(self.problem.shares))
 
     def chosen(self, choice: Choice) -> NDArray[np.bool_]:
         """(switches,): x of an allocation."""
@@ -112,7 +114,6 @@ def linear_program(problem: Problem) -> Program:
     switch[usable] = np.arange(len(unit))
     losses, penalties = _with_penalties(problem, switch)
     above, least = problem.above_least(losses)
-    inside = [(u, switch[place]) for place, units in problem.nested.items() if usable[place] for u in units]
     return Program(
         problem,
         unit,
@@ -121,9 +122,21 @@ def linear_program(problem: Problem) -> Program:
         math.fsum(least.tolist()),
         {resource: table[usable] / (rooms[resource] or 1.0) for resource, table in costs.items()},
         rooms,
-        np.array(inside, dtype=np.int64).reshape(-1, 2),
+        _removing(problem, switch),
         penalties,
     )
+
+
+def _removing(problem: Problem, switch: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(pairs, 2): each nested unit with each switch by which it is absent. `switch`: (units, levels), -1 for none."""
+    forest, pairs = problem.forest, list[tuple[int, int]]()
+    for unit in np.flatnonzero(forest.parent >= 0).tolist():
+        below = unit
+        for above in forest.ancestors(unit):
+            removing = switch[above, ~forest.kept[below]]
+            pairs += [(unit, x) for x in removing[removing >= 0].tolist()]
+            below = above
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def _above_within(problem: Problem, costs: NDArray[np.float64], limit: float) -> tuple[NDArray[np.float64], float]:

@@ -137,7 +137,7 @@ class Rounds:
             raise UsageError("the search is done; there is nothing left to evaluate")
         closing = self._phase == "close"
         return Ask(
-            candidates=tuple(self._problem.expand(candidate) for candidate in self._asked),
+            candidates=tuple(self._problem.canonical(self._problem.expand(candidate)) for candidate in self._asked),
             tokens=None if closing else self.tokens,
             draw=int(self.rng(_DRAW).integers(2**32, size=2)[int(closing)]),
             generation=self.number,

@@ -61,11 +61,9 @@ class _Moves:
     def _added(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
         current = table[np.arange(len(self._choice)), self._choice]
         added = table - current[:, None]
-        for (unit, level), inside in self._problem.nested.items():
-            if self._choice[unit] == level:
-                added[unit, np.arange(added.shape[1]) != level] += current[list(inside)].sum()
-            else:
-                added[unit, level] -= current[list(inside)].sum()
+        if self._problem.nested:
+            inside = self._problem.forest.inside(self._choice, current)
+            added += inside - inside[np.arange(len(self._choice)), self._choice][:, None]
         added[~self._present] = np.inf
         return added
 

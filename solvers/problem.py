@@ -12,7 +12,13 @@ With x the chosen levels, over the units that are present,
 
 or, in the reverse form, the summed cost of one resource such that the loss stays below a limit.
 
-Left out: nesting deeper than one level. A search (`Evolve`) needs no losses, because it measures whole allocations.
+A unit may be nested in some levels of another one, and that in a third: it is absent while the other is absent or at
+one of these levels. Two allocations that differ only in the levels of absent units are the same; `Problem.canonical`
+gives the one form in which solvers and searches return them.
+
+A search (`Evolve`) needs no losses, because it measures whole allocations.
+
+Left out: a unit that is nested in several units, and one that is absent for a combination of levels only.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from layerwise.errors import InfeasibleBudget, InvalidProblem, UsageError
 from layerwise.solvers import _checks as check
+from layerwise.solvers._forest import Forest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +68,7 @@ class Solution:
     """An allocation and what is known about it.
 
     Args:
-        choice: (units,) level indices. That of an absent unit means nothing.
+        choice: (units,) level indices, in the form of `Problem.canonical`; that of an absent unit means nothing.
         loss: its loss; None where it is not known.
         cost: its summed cost of every resource, budgeted or not.
         lower_bound: no allocation within the limits has a lower objective than this; None without a certificate.
@@ -107,9 +114,10 @@ class Problem:
         units: names of the units; `unit 0`, ... without.
         levels: names of the levels; `level 0`, ... without.
         fixed: unit to the one level that it must have.
-        nested: by (unit, level), the units that are absent while `unit` is at `level`: they cost and lose nothing. A
-            block at `drop` takes its layers with it. A unit is nested in at most one place, and none inside another
-            nested one.
+        nested: by (unit, level), the units that are absent while `unit` is at `level`, and with it while it is absent
+            itself: they cost and lose nothing. A block at `drop` takes its layers with it. The units form a forest of
+            any depth: each may stand at several levels of one other unit, but of one only. Tied units must be absent
+            together, so they stand at the same levels of one unit, or of tied ones.
         interactions: by a pair of (unit, level), the loss that is added while both are chosen.
         minimize: "loss", or the resource whose summed cost is to be least (the reverse form).
         max_loss: upper limit on the loss, in the reverse form.
@@ -255,15 +263,23 @@ class Problem:
         return table
 
     def present(self, choice: ArrayLike | Solution) -> NDArray[np.bool_]:
-        """(units,): the unit is not nested in a level that was chosen."""
-        return self._present(self._checked(choice))
+        """(units,): neither the unit nor what it is nested in is removed by a level that was chosen."""
+        return self.forest.present(self._checked(choice))
+
+    def canonical(self, choice: ArrayLike | Solution) -> Choice:
+        """The one form of all allocations that differ only in the levels of absent units, (units,).
+
+        An absent unit stands at its lowest available level index; of tied ones, at the lowest that all of them have.
+        """
+        checked = self._checked(choice)
+        return np.where(self.forest.present(checked), checked, self.resting) if self.nested else checked
 
     def loss(self, choice: ArrayLike | Solution) -> float | None:
         """Loss of an allocation; `inf` if a level is not available, None in a problem without losses."""
         if self.losses is None:
             return None
         checked = self._checked(choice)
-        present = self._present(checked)
+        present = self.forest.present(checked)
         together = [
             loss
             for ((first, at), (second, there)), loss in self.interactions.items()
@@ -274,14 +290,14 @@ class Problem:
     def cost(self, choice: ArrayLike | Solution) -> dict[str, float]:
         """Summed cost of an allocation for every resource, budgeted or not."""
         checked = self._checked(choice)
-        present = self._present(checked)
+        present = self.forest.present(checked)
         rows = np.arange(len(checked))
         return {resource: math.fsum(table[rows, checked][present].tolist()) for resource, table in self.costs.items()}
 
     def feasible(self, choice: ArrayLike | Solution) -> bool:
         """True if every present unit has its level, tied units agree, and no limit is exceeded."""
         checked = self._checked(choice)
-        if not self.available[np.arange(len(checked)), checked][self._present(checked)].all():
+        if not self.available[np.arange(len(checked)), checked][self.forest.present(checked)].all():
             return False
         if any(len(set(checked[list(group)])) > 1 for group in self.groups):
             return False
@@ -294,7 +310,7 @@ class Problem:
         """An allocation in words: the level of every present unit."""
         assert self.units is not None and self.levels is not None  # filled in at construction
         checked = self._checked(choice)
-        present = self._present(checked)
+        present = self.forest.present(checked)
         return {
             unit: self.levels[level] for unit, level, here in zip(self.units, checked, present, strict=True) if here
         }
@@ -302,8 +318,8 @@ class Problem:
     def solution(
         self, choice: ArrayLike, *, status: str = "feasible", lower_bound: float | None = None, seconds: float = 0.0
     ) -> Solution:
-        """The answer of a solver: `choice` with its loss and costs looked up."""
-        checked = self._checked(choice)
+        """The answer of a solver: `choice` in canonical form, with its loss and costs looked up."""
+        checked = self.canonical(choice)
         loss, cost = self.loss(checked), self.cost(checked)
         return Solution(checked, loss, cost, lower_bound, status, seconds, self.minimize)
 
@@ -318,42 +334,44 @@ class Problem:
 
     def least(self, table: NDArray[np.float64]) -> float:
         """The least sum of one entry per present unit of a (units, levels) table, in a problem without groups."""
-        return math.fsum(self.top(table).min(axis=1).tolist())
+        return math.fsum(self.forest.subtotals(table)[self.outer].min(axis=1).tolist())
 
-    def top(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(units that are not nested, levels): the table with the least entries of the units inside them added.
+    def lowest(self, table: NDArray[np.float64], then: NDArray[np.float64] | None = None) -> Choice:
+        """The allocation with the least sum, see `least`; absent units have the least of what they could add.
 
-        Every level gets those of the nested units that it leaves present.
+        Args:
+            table: (units, levels).
+            then: a second table, by whose least sum equal ones are told apart; by level index without.
         """
-        if not self.nested:
-            return table
-        total = table.copy()
-        for (unit, level), inside in self.nested.items():
-            total[unit, np.arange(total.shape[1]) != level] += table[list(inside)].min(axis=1).sum()
-        return total[self.outer]
-
-    def lowest(self, table: NDArray[np.float64]) -> Choice:
-        """The allocation with the least sum, see `least`; absent units have the least of their own levels."""
-        choice: Choice = table.argmin(axis=1)
-        choice[self.outer] = self.top(table).argmin(axis=1)
+        total = self.forest.subtotals(table)
+        if then is not None:
+            total = self.forest.subtotals(np.where(total == total.min(axis=1, keepdims=True), then, np.inf))
+        choice: Choice = total.argmin(axis=1)
         return choice
 
     def above_least(self, table: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """What each entry adds to the least sum, (units, levels), and the terms of that, (units that are not nested,).
 
-        A block's level counts with the units inside it at their least, so every allocation adds up right.
+        A level counts with the units nested in it at their least, so every allocation adds up right.
         """
-        above: NDArray[np.float64] = table - table.min(axis=1, keepdims=True)
-        top = self.top(table)
-        least: NDArray[np.float64] = top.min(axis=1)
-        above[self.outer] = top - least[:, None]
-        return above, least
+        total = self.forest.subtotals(table)
+        least: NDArray[np.float64] = total.min(axis=1)
+        return total - least[:, None], least[self.outer]
 
-    @cached_property
+    @property
     def outer(self) -> NDArray[np.int64]:
         """Indices of the units that are not nested."""
-        inside = {unit for units in self.nested.values() for unit in units}
-        return np.array([unit for unit in range(self.shape[0]) if unit not in inside], dtype=np.int64)
+        return self.forest.roots
+
+    @cached_property
+    def forest(self) -> Forest:
+        """The units by what they are nested in."""
+        return Forest(self.nested, self.shape)
+
+    @cached_property
+    def resting(self) -> Choice:
+        """(units,): the level of an absent unit in canonical form."""
+        return self.expand(self._folded.available.argmax(axis=1))
 
     def check_budgets(self) -> None:
         """Raise if a limit is out of reach on its own.
@@ -474,13 +492,6 @@ class Problem:
             minimize=LOSS,
             max_loss=math.inf,
         )
-
-    def _present(self, choice: Choice) -> NDArray[np.bool_]:
-        present = np.ones(len(choice), dtype=np.bool_)
-        for (unit, level), inside in self.nested.items():
-            if choice[unit] == level:
-                present[list(inside)] = False
-        return present
 
     def _unit_names(self, members: Iterable[int]) -> list[str]:
         assert self.units is not None  # filled in at construction

@@ -23,7 +23,8 @@ class Ask:
     """Candidates to evaluate, all on the same tokens.
 
     Args:
-        candidates: allocations, each (units,) level indices, in the units of the problem as it was given.
+        candidates: allocations, each (units,) level indices, in the units of the problem as it was given and in the
+            form of `Problem.canonical`, so that two of them are equal if they give the same model.
         tokens: how many tokens of the search data to use; None for all of them.
         draw: seed for choosing these tokens. Another round has another draw.
         generation: 0 for the initial round, then counted from 1. Searches of one batch at a time number their asks.

@@ -14,9 +14,19 @@ from layerwise.solvers import Problem
 TOLERANCE = 1e-9  # relative, on budgets: what Problem documents
 
 
+def _absent(problem: Problem, choice) -> set[int]:
+    """By definition: what a unit removes at its level or, if it is absent itself, at any, until nothing is added."""
+    absent: set[int] = set()
+    while True:
+        gone = [inside for (u, level), inside in problem.nested.items() if u in absent or choice[u] == level]
+        if absent.issuperset(more := {child for inside in gone for child in inside}):
+            return absent
+        absent |= more
+
+
 def _sums(problem: Problem, choice) -> dict[str, float]:
     """Loss and costs of an allocation by definition; `inf` if a present unit lacks its level."""
-    absent = {child for (unit, level), inside in problem.nested.items() if choice[unit] == level for child in inside}
+    absent = _absent(problem, choice)
     here = [(unit, level) for unit, level in enumerate(choice) if unit not in absent]
     together = [loss for (a, b), loss in problem.interactions.items() if a in here and b in here]
     sums = {resource: math.fsum(table[place] for place in here) for resource, table in problem.costs.items()}
@@ -55,11 +65,16 @@ def _milp_optimum(problem: Problem) -> float | None:
             coefficients[index] += value
         return LinearConstraint(coefficients[None, :], low, high)
 
-    parents = {child: place for place, inside in problem.nested.items() for child in inside}
+    removed = {child: set() for child in range(n_units)}
+    parents = {child: unit for (unit, _), inside in problem.nested.items() for child in inside}
+    for (_, level), inside in problem.nested.items():
+        for child in inside:
+            removed[child].add(level)
     rows = []
-    for unit in range(n_units):
-        ways = [(unit, level) for level in range(n_levels)] + ([parents[unit]] if unit in parents else [])
-        rows.append(row([(at(place), 1) for place in ways], 1, 1))
+    for unit in range(n_units):  # present if its parent is at a level that keeps it
+        kept = set(range(n_levels)) - removed[unit] if unit in parents else []
+        chosen = [(at((unit, level)), 1) for level in range(n_levels)]
+        rows.append(row([*chosen, *((at((parents[unit], level)), -1) for level in kept)], *[unit not in parents] * 2))
     for group in problem.groups:
         for (first, second), level in itertools.product(itertools.pairwise(group), range(n_levels)):
             rows.append(row([(at((first, level)), 1), (at((second, level)), -1)], 0, 0))
@@ -90,11 +105,14 @@ def _problems(
     max_levels=4,
     real=False,
     negative=False,
-    nested=False,
+    nested=0,
     interactions=False,
     reverse=False,
 ):
-    """Small whole numbers, so that ties, zero costs and tight budgets are common; or any real numbers."""
+    """Small whole numbers, so that ties, zero costs and tight budgets are common; or any real numbers.
+
+    `nested` is the greatest depth.
+    """
     n_units, n_levels = draw(st.integers(1, max_units)), draw(st.integers(1, max_levels))
     cost = st.floats(0, 1e9) if real else st.integers(0, 8)
     loss = st.floats(0, 1e3) if real else st.integers(-6 if negative else 0, 12).map(lambda n: n / 4)
@@ -110,10 +128,11 @@ def _problems(
     missing[:, common] = False  # one level that all units have, so that any group has one
     losses[missing] = np.inf
     groups = [[0, n_units - 1]] if n_units > 2 and draw(st.booleans()) else []
+    groups += [[1, n_units - 2]] if groups and nested > 1 and n_units > 4 and draw(st.booleans()) else []
     binding = {
         "groups": groups,
         "fixed": {draw(unit): common} if draw(st.integers(0, 4)) == 0 else {},
-        "nested": draw(_nesting(n_units, n_levels, groups)) if nested else {},
+        "nested": draw(_nesting(n_units, n_levels, groups, nested)) if nested else {},
         "interactions": draw(_interactions(n_units, n_levels)) if interactions else {},
     }
     tables = {"costs": costs, "losses": losses, **binding}
@@ -134,15 +153,23 @@ def _problems(
 
 
 @st.composite
-def _nesting(draw, n_units, n_levels, groups):
-    """One unit with others inside, absent at one or two of its levels; tied ones always together."""
-    parent = draw(st.integers(0, n_units - 1))
-    levels = draw(st.lists(st.integers(0, n_levels - 1), min_size=1, max_size=2, unique=True))
-    homes = {unit: draw(st.sampled_from([None, *levels])) for unit in range(n_units) if unit != parent}
-    for first, second in groups:
-        homes[first] = homes[second] = None if parent in (first, second) else homes[first]
-    homes.pop(parent, None)
-    return {(parent, level): [unit for unit, home in homes.items() if home == level] for level in levels}
+def _nesting(draw, n_units, n_levels, groups, depth):
+    """A random forest, in which a unit is absent at any of its parent's levels; tied ones always together."""
+    tied = {unit: group for group in groups for unit in group}
+    sets = [*groups, *([unit] for unit in range(n_units) if unit not in tied)]
+    depths, nested = {}, {}
+    for members in draw(st.permutations(sets)):
+        parents = [unit for unit, below in depths.items() if below < depth]
+        parent = draw(st.sampled_from([None, *parents, *parents]))
+        depths |= dict.fromkeys(members, 0 if parent is None else depths[parent] + 1)
+        if parent is None:
+            continue
+        levels = draw(st.lists(st.integers(0, n_levels - 1), min_size=1, max_size=n_levels, unique=True))
+        for unit in members:  # in one and the same unit, or in tied ones
+            above = draw(st.sampled_from(tied.get(parent, [parent])))
+            for level in levels:
+                nested.setdefault((above, level), []).append(unit)
+    return nested
 
 
 @st.composite

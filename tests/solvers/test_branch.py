@@ -14,9 +14,9 @@ KINDS = {
     "real": {"real": True},
     "real, two resources": {"real": True, "n_budgets": 2},
     "three resources": {"n_budgets": 3, "negative": True},
-    "nested, two resources": {"nested": True, "n_budgets": 2, "negative": True},
-    "nested, real": {"nested": True, "real": True},
-    "nested, reverse": {"nested": True, "reverse": True, "real": True},
+    "nested, two resources": {"nested": 3, "n_budgets": 2, "negative": True},
+    "nested, real": {"nested": 3, "real": True},
+    "nested, reverse": {"nested": 3, "reverse": True, "real": True},
 }
 
 

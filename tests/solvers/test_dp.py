@@ -62,7 +62,7 @@ def test_max_states_must_be_positive(tied_units):
 @given(data=st.data())
 def test_few_states_never_give_a_wrong_optimum_or_bound(max_states, problems, brute_force, data):
     """Blocks meet again behind their units, so one that outgrew the states must not be lost on the way."""
-    form = data.draw(st.sampled_from([{"nested": True}, {"nested": True, "real": True}, {"reverse": True}]))
+    form = data.draw(st.sampled_from([{"nested": 3}, {"nested": 3, "real": True}, {"reverse": True}]))
     problem = data.draw(problems(max_units=5, max_levels=4, negative=True, **form))
     optimum = brute_force(problem)
     assume(optimum is not None)
@@ -76,7 +76,7 @@ def test_few_states_never_give_a_wrong_optimum_or_bound(max_states, problems, br
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_nested_blocks_are_decided_as_by_enumeration(problems, brute_force, data):
-    problem = data.draw(problems(max_units=6, max_levels=3, nested=True, negative=True))
+    problem = data.draw(problems(max_units=6, max_levels=3, nested=3, negative=True))
     optimum = brute_force(problem)
     if optimum is None:
         with pytest.raises(InfeasibleBudget):

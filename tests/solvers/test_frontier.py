@@ -15,8 +15,8 @@ KINDS = {
     "plain": {},
     "two resources": {"n_budgets": 2},
     "negative losses": {"negative": True},
-    "nested": {"nested": True},
-    "nested, two resources": {"nested": True, "n_budgets": 2},
+    "nested": {"nested": 3},
+    "nested, two resources": {"nested": 3, "n_budgets": 2},
 }
 """All of these numbers are sums of quarters, so that nothing is rounded and points can be compared exactly."""
 
@@ -97,7 +97,7 @@ def test_the_exact_frontier_is_all_that_is_not_dominated(kind, problems, sums, d
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_on_real_numbers_no_allocation_is_better_than_the_exact_frontier(problems, sums, data):
-    problem = free(data, problems, real=True, nested=True)
+    problem = free(data, problems, real=True, nested=3)
     curve, best = frontier(problem, over="resource0", exact=True), pareto(problem, sums)
     check_points_are_real(problem, curve)
     assert (np.diff(curve.costs) > 0).all() and (np.diff(curve.losses) < 0).all()
@@ -118,7 +118,7 @@ def test_decimals_that_are_equal_but_for_rounding_are_one_point():
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_coarse_frontier_is_real_and_within_a_step_per_unit(max_states, problems, sums, data):
-    problem = free(data, problems, nested=data.draw(st.booleans()), real=data.draw(st.booleans()))
+    problem = free(data, problems, nested=data.draw(st.integers(0, 3)), real=data.draw(st.booleans()))
     curve, best = frontier(problem, over="resource0", exact=True, max_states=max_states), pareto(problem, sums)
     check_points_are_real(problem, curve)
     assert (np.diff(curve.costs) > 0).all() and (np.diff(curve.losses) < 0).all()
@@ -133,7 +133,7 @@ def test_a_coarse_frontier_is_real_and_within_a_step_per_unit(max_states, proble
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), share=st.floats(-0.2, 1.2))
 def test_at_a_budget_the_bound_is_true_and_the_loss_at_best_that_of_branch(arguments, problems, data, share):
-    problem = free(data, problems, nested=True, negative=True)
+    problem = free(data, problems, nested=3, negative=True)
     curve = frontier(problem, over="resource0", **arguments)
     low, high = problem.reachable("resource0")
     budget = data.draw(st.sampled_from([low + share * (high - low), low, high, *curve.costs.tolist()]))

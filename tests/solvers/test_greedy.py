@@ -64,7 +64,7 @@ def test_several_budgets_hold_whenever_any_allocation_holds_them(problems, brute
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_nested_blocks_keep_the_budgets_whenever_any_allocation_does(n_budgets, problems, brute_force, data):
-    problem = data.draw(problems(n_budgets=n_budgets, nested=True, negative=True, max_levels=3))
+    problem = data.draw(problems(n_budgets=n_budgets, nested=3, negative=True, max_levels=3))
     optimum = brute_force(problem)
     if optimum is None:
         with pytest.raises(InfeasibleBudget):
@@ -78,7 +78,7 @@ def test_nested_blocks_keep_the_budgets_whenever_any_allocation_does(n_budgets, 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_without_a_budget_every_block_has_its_best_allocation(problems, brute_force, data):
-    problem = replace(data.draw(problems(n_budgets=2, nested=True, negative=True, max_levels=3)), budgets={})
+    problem = replace(data.draw(problems(n_budgets=2, nested=3, negative=True, max_levels=3)), budgets={})
     assert greedy(problem).loss == brute_force(problem)
 
 

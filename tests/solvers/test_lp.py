@@ -10,10 +10,10 @@ from layerwise.solvers import Problem, ilp, lp
 FORMS = [
     {},
     {"n_budgets": 2},
-    {"nested": True},
+    {"nested": 3},
     {"interactions": True},
-    {"n_budgets": 2, "nested": True, "interactions": True},
-    {"n_budgets": 2, "nested": True, "reverse": True},
+    {"n_budgets": 2, "nested": 3, "interactions": True},
+    {"n_budgets": 2, "nested": 3, "reverse": True},
 ]
 
 

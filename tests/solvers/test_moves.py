@@ -52,7 +52,7 @@ def started(data, problems, **kind):
     return problem.plain(), start
 
 
-@pytest.mark.parametrize("kind", [{"nested": True}, {"nested": True, "n_budgets": 2}, {"n_budgets": 2, "real": True}])
+@pytest.mark.parametrize("kind", [{"nested": 3}, {"nested": 3, "n_budgets": 2}, {"n_budgets": 2, "real": True}])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 9))
 def test_no_candidate_leaves_the_budgets(kind, data, seed, problems):
@@ -65,7 +65,7 @@ def test_no_candidate_leaves_the_budgets(kind, data, seed, problems):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 9))
 def test_a_step_moves_one_unit_that_is_present(data, seed, problems):
-    problem, start = started(data, problems, nested=True)
+    problem, start = started(data, problems, nested=3)
     moves = Recorded(problem)
     for _ in walk(moves, start, seed):
         pass
@@ -78,7 +78,7 @@ def test_a_step_moves_one_unit_that_is_present(data, seed, problems):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 9))
 def test_after_filling_nothing_present_can_rise(data, seed, problems, sums):
-    problem, start = started(data, problems, nested=True)
+    problem, start = started(data, problems, nested=3)
     moves = Moves(problem)
     filled = moves.filled(start, np.random.default_rng(seed))
     assert not moves.can_rise(filled)
@@ -99,6 +99,14 @@ def test_a_block_is_on_the_ladder_with_the_least_that_its_layers_cost():
     problem = Problem(costs={"bits": [[1.0, 3.0], [5.0, 6.0]]}, budgets={"bits": 6.0}, nested={(0, 1): [1]})
     moves = Moves(problem)
     assert moves.filled(np.array([1, 0]), np.random.default_rng(0)).tolist() == [0, 0]
+
+
+def test_filling_keeps_a_block_whose_attention_could_be_dropped_too():
+    """To keep the block costs as little as to drop it, as long as the attention inside is dropped."""
+    costs = [[0.0, 0.0], [0.0, 0.0], [2.0, 4.0]]
+    problem = Problem(costs={"bits": costs}, budgets={"bits": 4.0}, nested={(0, 1): [1], (1, 1): [2]})
+    for start in ([1, 0, 0], [0, 1, 0]):
+        assert Moves(problem).filled(np.array(start), np.random.default_rng(0)).tolist() == [0, 0, 1]
 
 
 def test_a_layer_that_comes_back_with_its_block_keeps_its_level_and_pays_for_it():

@@ -32,7 +32,7 @@ def test_a_block_becomes_one_unit_whose_levels_are_the_hull_of_its_allocations(b
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_every_flat_allocation_has_the_sums_of_the_nested_one_that_it_stands_for(problems, sums, data):
-    problem = data.draw(problems(max_units=5, max_levels=3, n_budgets=2, nested=True, negative=True)).plain()
+    problem = data.draw(problems(max_units=5, max_levels=3, n_budgets=2, nested=3, negative=True)).plain()
     flat = flattened(problem)
     drawn = [data.draw(st.sampled_from(np.flatnonzero(levels).tolist())) for levels in flat.problem.available]
     choice = np.array(drawn)
@@ -43,7 +43,7 @@ def test_every_flat_allocation_has_the_sums_of_the_nested_one_that_it_stands_for
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_no_allocation_of_a_block_lies_below_the_flat_hull(problems, sums, data):
-    problem = data.draw(problems(max_units=5, max_levels=3, nested=True, negative=True)).plain()
+    problem = data.draw(problems(max_units=5, max_levels=3, nested=3, negative=True)).plain()
     flat = flattened(problem).problem
     steps = climb(flat.costs["resource0"], flat.losses)
     rows = np.arange(flat.shape[0])

@@ -52,10 +52,10 @@ def with_entry(table, unit, level, value):
         ({"fixed": {"q": 0}, "losses": [[np.inf, 1], [1, 1]]}, ["q is fixed at 2b, which it does not have"]),
         ({"fixed": {"q": 0, "o": 1}, "groups": [[0, 1]]}, ["q, o", "no level in common"]),
         ({"nested": {"q": ["o"]}}, ["nested", "'q' is not a (unit, level)"]),
-        ({"nested": {("q", 0): ["o"], ("q", 1): ["o"]}}, ["o is nested in q at 2b and in q at 4b"]),
         ({"nested": {("q", 0): ["o", "o"]}}, ["o is nested in q at 2b and in q at 2b"]),
-        ({"nested": {("q", 0): ["q"]}}, ["q is nested in q, which is nested itself"]),
-        ({"nested": {("q", 0): ["o"]}, "groups": [["q", "o"]]}, ["q, o", "not nested in the same place"]),
+        ({"nested": {("q", 0): ["q"]}}, ["q is nested in q: a circle"]),
+        ({"nested": {("q", 0): ["o"], ("o", 1): ["q"]}}, ["o is nested in q is nested in o: a circle"]),
+        ({"nested": {("q", 0): ["o"]}, "groups": [["q", "o"]]}, ["o is tied to q, which it is nested in"]),
         ({"interactions": {("q", "o"): 1.0}}, ["interactions", "'q' is not a (unit, level)"]),
         ({"interactions": {"qo": 1.0}}, ["'qo' is not a pair"]),
         ({"interactions": {(("q", 0), ("q", 1)): 1.0}}, ["q at 2b and q at 4b", "same unit"]),
@@ -192,6 +192,81 @@ def test_absent_units_cost_nothing_lose_nothing_and_do_not_interact():
     assert not problem.separable
 
 
+def model():
+    """A block with an attention and an MLP that can be dropped or narrowed, with a linear layer or two in each."""
+    keep = [0.0, 0.0, 0.0]
+    layer = [3.0, 2.0, 1.0]
+    return Problem(
+        costs={"bits": [keep, keep, layer, layer, keep, [np.inf, 2.0, 1.0]]},
+        losses=[[0.0, 5.0, np.inf], [0.0, 2.0, 1.0], *[[0.0, 1.0, 2.0]] * 2, [0.0, 2.0, 1.0], [np.inf, 1.0, 2.0]],
+        units=["block", "attention", "qkv", "out", "mlp", "up"],
+        levels=["keep", "drop", "narrow"],
+        nested={
+            ("attention", "drop"): ["qkv", "out"],
+            ("attention", "narrow"): ["out"],
+            ("mlp", "drop"): ["up"],
+            ("mlp", "narrow"): ["up"],
+            ("block", "drop"): ["attention", "mlp"],
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "present", "loss", "bits"),
+    [
+        ([0, 0, 1, 2, 0, 1], ["block", "attention", "qkv", "out", "mlp", "up"], 1.0 + 2.0 + 1.0, 2.0 + 1.0 + 2.0),
+        ([0, 2, 1, 2, 2, 1], ["block", "attention", "qkv", "mlp"], 1.0 + 1.0 + 1.0, 2.0),
+        ([0, 1, 1, 2, 0, 2], ["block", "attention", "mlp", "up"], 2.0 + 2.0, 1.0),
+        ([1, 0, 1, 2, 0, 2], ["block"], 5.0, 0.0),
+        ([1, 2, 1, 2, 1, 2], ["block"], 5.0, 0.0),
+    ],
+)
+def test_a_unit_is_absent_with_what_it_is_nested_in_or_at_its_levels(choice, present, loss, bits):
+    problem = model()
+    assert list(problem.named(choice)) == present
+    assert (problem.loss(choice), problem.cost(choice)) == (loss, {"bits": bits})
+    assert problem.feasible(choice)
+
+
+def test_allocations_that_differ_in_absent_units_have_one_canonical_form():
+    problem = model()
+    for choice in ([1, 0, 1, 2, 0, 2], [1, 2, 1, 2, 1, 2], [1, 1, 0, 0, 1, 1]):
+        assert problem.canonical(choice).tolist() == [1, 0, 0, 0, 0, 1]  # the last one has no level 0
+        assert problem.solution(choice).choice.tolist() == [1, 0, 0, 0, 0, 1]
+    assert problem.canonical([0, 2, 1, 2, 0, 2]).tolist() == [0, 2, 1, 0, 0, 2]
+
+
+def test_tied_units_that_are_absent_have_the_lowest_level_that_all_of_them_have():
+    problem = Problem(costs={"bits": [[1.0, 1.0], [1.0, 2.0], [np.inf, 2.0]]}, nested={(0, 1): [1, 2]}, groups=[[1, 2]])
+    assert problem.canonical([1, 0, 0]).tolist() == [1, 1, 1]
+    assert problem.plain().canonical([1, 0]).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nested": {("block", 1): ["mlp"], ("mlp", 1): ["up"], ("up", 0): ["block"]}}, "is nested in .*: a circle"),
+        ({"nested": {("block", 1): ["up"], ("mlp", 1): ["up"]}}, "up is nested in block at drop and in mlp at drop"),
+        ({"groups": [["block", "up"]]}, "up is tied to block, which it is nested in"),
+        ({"groups": [["qkv", "out"]]}, "qkv, out are not nested in the same place"),  # one stays in narrow attention
+        ({"groups": [["qkv", "up"]]}, "qkv, up are not nested in the same place"),
+    ],
+)
+def test_what_is_no_forest_or_ties_units_that_are_not_absent_together_is_refused(change, message):
+    with pytest.raises(InvalidProblem, match=message):
+        dataclasses.replace(model(), **change)
+
+
+def test_ties_of_units_that_are_absent_together_are_kept_at_any_depth():
+    tied = dataclasses.replace(model(), groups=[["attention", "mlp"]])
+    with pytest.raises(InvalidProblem, match="qkv, up"):
+        dataclasses.replace(tied, groups=[["attention", "mlp"], ["qkv", "up"]])
+    both = dataclasses.replace(tied, groups=[["attention", "mlp"], ["out", "up"]])  # in tied units, at the same levels
+    plain = both.plain()
+    assert plain.units == ("block", "attention+mlp", "qkv", "out+up")
+    assert plain.nested == {(0, 1): (1,), (1, 1): (2, 3), (1, 2): (3,)}
+
+
 def test_an_absent_unit_needs_no_available_level():
     problem = Problem(costs={"bits": [[1.0, 0.0], [np.inf, 2.0]]}, nested={(0, 1): [1]})
     assert problem.feasible([1, 0])
@@ -250,7 +325,7 @@ def test_a_loss_out_of_reach_is_named_in_the_reverse_form_and_in_its_plain_probl
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_sums_are_those_of_the_definition_whatever_binds_the_units(problems, sums, data):
-    problem = data.draw(problems(n_budgets=2, nested=True, interactions=True, negative=True))
+    problem = data.draw(problems(n_budgets=2, nested=3, interactions=True, negative=True))
     levels = st.integers(0, problem.shape[1] - 1)
     choice = problem.expand(data.draw(st.lists(levels, min_size=len(problem.plain().units), max_size=5)))
     expected = sums(problem, choice.tolist())

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers import SEARCHES, Problem, Stop, greedy
@@ -61,6 +63,24 @@ def two_budgets():
     return Problem(costs={"bits": bits, "ms": ms}, budgets={"bits": 44.0, "ms": 46.0}, losses=losses)
 
 
+@pytest.fixture
+def nested_blocks():
+    """Three blocks with an attention and an MLP inside, these with layers; two levels of an MLP remove its second."""
+    rng = np.random.default_rng(2)
+    costs, losses, nested = [], [], {}
+    for block in range(0, 18, 6):
+        switches = np.array([[0.0, 0.0, np.inf], [0.0, 0.0, np.inf], [0.0, 0.0, 0.5]])  # block, attention, MLP
+        costs += [*switches, *np.cumsum(rng.uniform(1, 3, (3, 3)), axis=1)[:, ::-1]]
+        losses += [*rng.uniform([0, 1, 1], [0.1, 3, 3], (3, 3)), *np.cumsum(rng.uniform(0, 1, (3, 3)), axis=1)]
+        nested |= {
+            (block, 1): [block + 1, block + 2],
+            (block + 1, 1): [block + 3],
+            (block + 2, 1): [block + 4, block + 5],
+            (block + 2, 2): [block + 5],
+        }
+    return Problem(costs={"bits": costs}, budgets={"bits": 24.0}, losses=losses, nested=nested)
+
+
 def measured(problem, choice, ask=None):
     """A stand-in for a model: additive losses, which samples of the data see with noise of their own."""
     loss = problem.loss(choice)
@@ -109,6 +129,47 @@ def test_no_candidate_leaves_the_budgets_and_none_is_asked_twice_in_a_round(make
         assert all(problem.feasible(choice) for choice in ask.candidates)
         assert len({choice.tobytes() for choice in ask.candidates}) == len(ask.candidates) > 0
     assert len({choice.tobytes() for ask in asked for choice in ask.candidates}) > 10  # it does move
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_of_allocations_that_differ_in_absent_units_one_is_asked_for(make, nested_blocks, whole):
+    start = nested_blocks.expand(np.array([1, 0, 2, 2, 2, 2, *[0, 1, 2, 2, 2, 2] * 2]))
+    search = make(nested_blocks, start, whole=whole)
+    assert search.best.choice.tolist() == [1, 0, 0, 0, 0, 0, *[0, 1, 2, 0, 2, 0] * 2]
+    asked = run(search, nested_blocks)
+    for ask in asked:
+        models = {tuple(nested_blocks.named(choice).items()) for choice in ask.candidates}
+        assert len(models) == len(ask.candidates)
+    for choice in [search.best.choice, *(choice for ask in asked for choice in ask.candidates)]:
+        assert nested_blocks.canonical(choice).tolist() == choice.tolist()
+    present = np.array([nested_blocks.present(choice) for ask in asked for choice in ask.candidates])
+    assert (present.any(axis=0) & ~present.all(axis=0)).sum() > 6  # units go and come back
+
+
+@pytest.mark.parametrize("name", ["random", "tpe", "nsga2"])
+def test_no_model_is_measured_twice_on_all_of_the_data(name, nested_blocks):
+    search = SEARCHES[name](nested_blocks, **{**SMALL[name], **ON_ALL_DATA[name]})
+    models = [choice.tobytes() for ask in run(search, nested_blocks) for choice in ask.candidates]
+    assert len(set(models)) == len(models)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_candidates_keep_the_limits_however_deep_units_are_nested(name, problems, sums, brute_force, data):
+    drawn = data.draw(problems(max_units=6, max_levels=3, nested=3, n_budgets=data.draw(st.integers(1, 2))))
+    optimum = brute_force(drawn)
+    assume(optimum is not None)
+    few = {"generations": 3} if name == "evolve" else {"stop": Stop(evaluations=16)}
+    search = SEARCHES[name](drawn, **{**SMALL.get(name, {}), **ON_ALL_DATA.get(name, {}), **few})
+    losses = []
+    while not search.done:
+        true = [sums(drawn, choice.tolist()) for choice in search.ask().candidates]
+        assert all(entry[r] <= limit for entry in true for r, limit in drawn.limits.items())
+        losses += [entry["loss"] for entry in true]
+        search.tell([entry["loss"] for entry in true])
+    assert search.best.loss == min(losses) >= optimum - 1e-9
+    assert sums(drawn, search.best.choice.tolist())["loss"] == pytest.approx(search.best.loss)
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -16,12 +16,14 @@ from layerwise.solvers import SOLVERS, Problem, dp, greedy, ilp, uniform
 FORMS = {
     "one budget": {},
     "several budgets": {"n_budgets": 2},
-    "nested": {"nested": True},
+    "nested": {"nested": 1},
+    "nested twice": {"nested": 2, "max_units": 5},
+    "nested deeply": {"nested": 3, "max_units": 5},
     "interactions": {"interactions": True},
-    "all together": {"n_budgets": 2, "nested": True, "interactions": True},
+    "all together": {"n_budgets": 2, "nested": 3, "interactions": True},
     "reverse": {"reverse": True},
-    "reverse with budgets": {"n_budgets": 2, "reverse": True, "nested": True},
-    "reverse with interactions": {"reverse": True, "interactions": True, "nested": True},
+    "reverse with budgets": {"n_budgets": 2, "reverse": True, "nested": 3},
+    "reverse with interactions": {"reverse": True, "interactions": True, "nested": 3},
 }
 """Kinds of problems, as arguments of the strategy `problems`. A solver takes all of them but those in REFUSED."""
 
@@ -69,7 +71,7 @@ def check_shortage(error, problem):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_an_answer_keeps_the_limits_and_tells_its_true_loss_and_cost(name, form, problems, sums, brute_force, data):
-    problem = data.draw(problems(max_units=4, max_levels=3, negative=True, **FORMS[form]))
+    problem = data.draw(problems(**{"max_units": 4, "max_levels": 3, "negative": True, **FORMS[form]}))
     optimum = brute_force(problem)
     try:
         solution = SOLVERS[name](problem)
@@ -86,6 +88,7 @@ def test_an_answer_keeps_the_limits_and_tells_its_true_loss_and_cost(name, form,
     assert problem.feasible(solution.choice)
     assert all(true[resource] <= limit for resource, limit in problem.limits.items())
     assert all(len(set(solution.choice[list(group)])) == 1 for group in problem.groups)
+    assert solution.choice.tolist() == problem.canonical(solution.choice).tolist()
     assert solution.objective >= optimum - 1e-9
     assert solution.lower_bound is None or solution.lower_bound <= optimum + 1e-9
     if name in EXACT:
