@@ -20,8 +20,8 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layerwise.pipeline.run import Run
-    from layerwise.pipeline.status import RunState
+    from layerwise.pipeline.runs.run import Run
+    from layerwise.pipeline.runs.status import RunState
     from layerwise.pipeline.workflow import Workflow
     from layerwise.results.store import Store
 
@@ -94,7 +94,7 @@ def run(
 ) -> None:
     """Run a workflow; what is done already is not done again."""
     from layerwise.pipeline.display import open_display
-    from layerwise.pipeline.run import Run
+    from layerwise.pipeline.runs.run import Run
 
     _check_executor(executor)
     with _stoppable():
@@ -130,10 +130,10 @@ def submit(
     deadline: Annotated[int | None, typer.Option(min=1, metavar="SECONDS", help="its longest time")] = None,
 ) -> None:
     """Hand a workflow to a Ray cluster, and go home: `status`, `logs -f`, `stop` and `resume` find it again."""
-    from layerwise.pipeline.cluster import plain_address
+    from layerwise.pipeline.cluster.connection import plain_address
+    from layerwise.pipeline.cluster.submit import Options, check_usage
     from layerwise.pipeline.display import open_display
-    from layerwise.pipeline.run import Run
-    from layerwise.pipeline.submit import Options, check_usage
+    from layerwise.pipeline.runs.run import Run
     from layerwise.results.destination import check_destination
 
     pods = {"-o": output, "--image": image, "--workers": workers, "--deadline": deadline}
@@ -146,11 +146,11 @@ def submit(
     options = Options(plain, ship is not False, require_auth, tuple(pass_env or ()), in_clear, tuple(sys.argv))
     prepared = Run(_load(workflow, param, set_, profile), results.absolute(), open_display())
     if kuberay:
-        from layerwise.pipeline.kuberay import DEFAULT_IMAGE, Pods, write_manifest
+        from layerwise.pipeline.cluster.kuberay import DEFAULT_IMAGE, Pods, write_manifest
 
         write_manifest(prepared, Pods(image or DEFAULT_IMAGE, workers, deadline_seconds=deadline), output)
     else:
-        from layerwise.pipeline.handover import hand_over
+        from layerwise.pipeline.cluster.handover import hand_over
 
         _end_with(hand_over(prepared, options, wait), prepared.store, prepared.id)
 
@@ -203,7 +203,7 @@ def graph(
 @app.command()
 def runs(results: ResultsOption = RESULTS, format_: FormatOption = "table") -> None:
     """List the runs of a results folder, the newest first."""
-    from layerwise.pipeline.status import checked_runs_table
+    from layerwise.pipeline.runs.status import checked_runs_table
 
     _print_table(checked_runs_table(_open(results)), format_)
 
@@ -211,8 +211,8 @@ def runs(results: ResultsOption = RESULTS, format_: FormatOption = "table") -> N
 @app.command()
 def status(run: RunArgument = None, results: ResultsOption = RESULTS, format_: FormatOption = "table") -> None:
     """Say how every run stands, or how each stage of one run does."""
-    from layerwise.pipeline.handover import print_how_to_go_on
-    from layerwise.pipeline.status import run_state, run_states, runs_status_table, stages_status_table
+    from layerwise.pipeline.cluster.handover import print_how_to_go_on
+    from layerwise.pipeline.runs.status import run_state, run_states, runs_status_table, stages_status_table
 
     store, readable = _open(results), format_ in TO_READ
     if run is None:
@@ -237,9 +237,9 @@ def logs(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Print the log of a run's latest attempt."""
-    from layerwise.pipeline.handover import print_log_to_its_end
-    from layerwise.pipeline.lifecycle import check_stage, find_attempt, read_log
-    from layerwise.pipeline.status import run_state
+    from layerwise.pipeline.cluster.handover import print_log_to_its_end
+    from layerwise.pipeline.runs.lifecycle import check_stage, find_attempt, read_log
+    from layerwise.pipeline.runs.status import run_state
 
     store = _open(results)
     state = run_state(store, run)
@@ -261,8 +261,8 @@ def stop(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Stop a run on this machine, or one that was submitted; what is finished is kept."""
-    from layerwise.pipeline.handover import print_how_to_go_on
-    from layerwise.pipeline.lifecycle import stop as stop_run
+    from layerwise.pipeline.cluster.handover import print_how_to_go_on
+    from layerwise.pipeline.runs.lifecycle import stop as stop_run
 
     store = _open(results)
     state = stop_run(store, run, timeout)
@@ -292,10 +292,10 @@ def resume(
     in_clear: InClearOption = False,
 ) -> None:
     """Go on with a run from its own folder; its workflow file is not needed. A submitted run is submitted again."""
+    from layerwise.pipeline.cluster.submit import again
     from layerwise.pipeline.display import open_display
-    from layerwise.pipeline.lifecycle import reopen
-    from layerwise.pipeline.status import run_state
-    from layerwise.pipeline.submit import again
+    from layerwise.pipeline.runs.lifecycle import reopen
+    from layerwise.pipeline.runs.status import run_state
 
     if executor is not None:
         _check_executor(executor)
@@ -305,7 +305,7 @@ def resume(
     changes = {"ships": ship, "pass_env": pass_env, **{name: flag or None for name, flag in flags.items()}}
     options = again(state, address, executor, sys.argv, changes)
     if options is not None and state.status != "ok":
-        from layerwise.pipeline.handover import hand_over
+        from layerwise.pipeline.cluster.handover import hand_over
 
         _end_with(hand_over(reopen(store, state, open_display()), options, wait), store, state.run)
     with _stoppable():
@@ -573,7 +573,7 @@ def _print_run_state(state: RunState, stages: pd.DataFrame, format_: Format) -> 
     if format_ == "json":
         import json
 
-        from layerwise.pipeline.status import runs_status_table
+        from layerwise.pipeline.runs.status import runs_status_table
         from layerwise.results.format import format_table
 
         (facts,), listed = (json.loads(format_table(t, "json")) for t in (runs_status_table([state]), stages))

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import StoreError
-from layerwise.pipeline.attempt import begin_attempt, last_number
-from layerwise.pipeline.submission import (
+from layerwise.pipeline.cluster.submission import (
     Submission,
     job_id,
     publish_submission,
@@ -16,6 +15,7 @@ from layerwise.pipeline.submission import (
     submission_file,
     submission_numbers,
 )
+from layerwise.pipeline.runs.attempt import begin_attempt, last_number
 
 
 def a_submission(number: int = 1) -> Submission:

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from layerwise.pipeline.attempt import Attempt, attempt_numbers, last_number, read_attempt
+from layerwise.pipeline.cluster.submission import Submission, read_submission
+from layerwise.pipeline.cluster.submitted import Clusters, Told, tell
 from layerwise.pipeline.display import clock, left
-from layerwise.pipeline.run import WORKFLOW
-from layerwise.pipeline.runlog import Progress, read_progress
-from layerwise.pipeline.submission import Submission, read_submission
-from layerwise.pipeline.submitted import Clusters, Told, tell
+from layerwise.pipeline.runs.attempt import Attempt, attempt_numbers, last_number, read_attempt
+from layerwise.pipeline.runs.log import Progress, read_progress
+from layerwise.pipeline.runs.run import WORKFLOW
 from layerwise.pipeline.workflow.yaml12 import load_file
 from layerwise.results.runs import find_run, latest_runs, latest_stages, runs_table
 from layerwise.results.store import Store

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from layerwise.pipeline import process as process_module
-from layerwise.pipeline.process import Process
+from layerwise.pipeline.runs import process as process_module
+from layerwise.pipeline.runs.process import Process
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from __future__ import annotations
 import shlex
 import sys
 
-from layerwise.pipeline.lifecycle import follow_log, resume_command
-from layerwise.pipeline.run import Run
-from layerwise.pipeline.status import RunState, attempt_status, run_state
-from layerwise.pipeline.submit import Options, await_start, is_finished, submit
+from layerwise.pipeline.cluster.submit import Options, await_start, is_finished, submit
+from layerwise.pipeline.runs.lifecycle import follow_log, resume_command
+from layerwise.pipeline.runs.run import Run
+from layerwise.pipeline.runs.status import RunState, attempt_status, run_state
 from layerwise.results.runs import latest_stages
 from layerwise.results.store import Store
 

@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 
 from layerwise.errors import ClusterError
-from layerwise.pipeline.attempt import Attempt
-from layerwise.pipeline.jobs import Job, Jobs
-from layerwise.pipeline.process import Process
-from layerwise.pipeline.submission import Submission
-from layerwise.pipeline.submitted import Clusters, refusal, tell
+from layerwise.pipeline.cluster.jobs import Job, Jobs
+from layerwise.pipeline.cluster.submission import Submission
+from layerwise.pipeline.cluster.submitted import Clusters, refusal, tell
+from layerwise.pipeline.runs.attempt import Attempt
+from layerwise.pipeline.runs.process import Process
 
 SUBMISSION = Submission(1, "lw-a", "http://head:8265")
 HERE = Process.this()

@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from layerwise.errors import ClusterError, LayerwiseError, StoreError, UsageError
-from layerwise.pipeline.attempt import attempt_numbers, read_attempt
+from layerwise.pipeline.cluster.jobs import Jobs
+from layerwise.pipeline.cluster.submission import Submission, read_submission, submission_numbers
+from layerwise.pipeline.cluster.submitted import Clusters
 from layerwise.pipeline.display import Display
-from layerwise.pipeline.jobs import Jobs
-from layerwise.pipeline.process import Process
-from layerwise.pipeline.run import WORKFLOW, Run
-from layerwise.pipeline.runlog import log_file
-from layerwise.pipeline.status import LIVE, RunState, attempt_status, run_state
-from layerwise.pipeline.submission import Submission, read_submission, submission_numbers
-from layerwise.pipeline.submitted import Clusters
+from layerwise.pipeline.runs.attempt import attempt_numbers, read_attempt
+from layerwise.pipeline.runs.log import log_file
+from layerwise.pipeline.runs.process import Process
+from layerwise.pipeline.runs.run import WORKFLOW, Run
+from layerwise.pipeline.runs.status import LIVE, RunState, attempt_status, run_state
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.results.store import Store
 from layerwise.stages.registry import nearest

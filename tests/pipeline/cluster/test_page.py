@@ -80,9 +80,9 @@ def texts_of(path: Path) -> str:
 
 
 def test_the_page_states_the_limits_that_hold(cluster_page: Any) -> None:
+    from layerwise.pipeline.cluster.job import OLDEST_PYTHON
+    from layerwise.pipeline.cluster.shipping import SHIP_LIMIT_BYTES
     from layerwise.pipeline.doctor.versions import OLDEST_RAY
-    from layerwise.pipeline.job import OLDEST_PYTHON
-    from layerwise.pipeline.shipping import SHIP_LIMIT_BYTES
 
     assert f"up to {SHIP_LIMIT_BYTES // 2**20} MiB together" in cluster_page.text
     assert f"version {OLDEST_RAY[0]}.{OLDEST_RAY[1]} or later" in cluster_page.text

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import StoreError, UsageError
-from layerwise.pipeline import job
-from layerwise.pipeline.attempt import begin_attempt
+from layerwise.pipeline.cluster import job
+from layerwise.pipeline.cluster.shipping import cargo, stage_job
+from layerwise.pipeline.cluster.submission import Submission, publish_submission
 from layerwise.pipeline.display import SilentDisplay
-from layerwise.pipeline.run import Run
-from layerwise.pipeline.shipping import cargo, stage_job
-from layerwise.pipeline.submission import Submission, publish_submission
+from layerwise.pipeline.runs.attempt import begin_attempt
+from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.workflow import load_workflow
 
 

@@ -13,10 +13,10 @@ import pytest
 
 import layerwise
 from layerwise.errors import UsageError
-from layerwise.pipeline import shipping
+from layerwise.pipeline.cluster import shipping
+from layerwise.pipeline.cluster.shipping import START, cargo, named_paths, stage_job, stage_package
 from layerwise.pipeline.display import SilentDisplay
-from layerwise.pipeline.run import Run
-from layerwise.pipeline.shipping import START, cargo, named_paths, stage_job, stage_package
+from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.workflow import load_workflow
 
 PACKAGE = Path(layerwise.__file__ or "").parent
@@ -42,17 +42,18 @@ def test_the_package_is_shipped_whole_without_links_and_without_tests(tmp_path: 
     assert staged == tmp_path / "layerwise"
     assert not [path for path in staged.rglob("*") if path.is_symlink()]
     assert tree(staged) == everything_below(PACKAGE)
-    assert {"__init__.py", "pipeline/job.py", "kernels/packing.py", "stages/compress/gptq.py"} <= tree(staged)
+    assert {"__init__.py", "pipeline/cluster/job.py", "kernels/packing.py", "stages/compress/gptq.py"} <= tree(staged)
     assert not {name for name in tree(staged) if "tests" in name or name.endswith((".pyc", ".so"))}
 
 
 def test_what_was_shipped_imports_without_the_checkout(tmp_path: Path) -> None:
     staged = stage_package(tmp_path)
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import layerwise.pipeline.job as job; print(job.__file__)"
+    imports = "from layerwise.pipeline.cluster import job"
+    script = f"import sys; sys.path.insert(0, sys.argv[1]); {imports}; print(job.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], cwd="/", capture_output=True, text=True, check=False
     )
-    assert done.stdout == f"{staged / 'pipeline' / 'job.py'}\n", done.stderr
+    assert done.stdout == f"{staged / 'pipeline' / 'cluster' / 'job.py'}\n", done.stderr
 
 
 def test_a_package_that_is_in_no_folder_cannot_be_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

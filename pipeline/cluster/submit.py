@@ -25,11 +25,9 @@ from typing import Any
 
 from layerwise.errors import ClusterError, LayerwiseError, StoreError, UsageError
 from layerwise.pipeline.artifacts import locked
-from layerwise.pipeline.attempt import last_number, read_attempt
-from layerwise.pipeline.cluster import plain_address, travels_safely
-from layerwise.pipeline.jobs import RESULTS, Job, Jobs, check_variables, check_version
-from layerwise.pipeline.run import Run
-from layerwise.pipeline.shipping import (
+from layerwise.pipeline.cluster.connection import plain_address, travels_safely
+from layerwise.pipeline.cluster.jobs import RESULTS, Job, Jobs, check_variables, check_version
+from layerwise.pipeline.cluster.shipping import (
     ENTRYPOINT,
     SHIP_LIMIT_BYTES,
     Cargo,
@@ -38,9 +36,11 @@ from layerwise.pipeline.shipping import (
     stage_job,
     stage_package,
 )
-from layerwise.pipeline.status import RunState, run_state
-from layerwise.pipeline.submission import Submission, job_id, publish_submission
-from layerwise.pipeline.submitted import refusal
+from layerwise.pipeline.cluster.submission import Submission, job_id, publish_submission
+from layerwise.pipeline.cluster.submitted import refusal
+from layerwise.pipeline.runs.attempt import last_number, read_attempt
+from layerwise.pipeline.runs.run import Run
+from layerwise.pipeline.runs.status import RunState, run_state
 
 JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "30", "RAY_task_oom_retries": "1", "PYTHONUNBUFFERED": "1"}
 """Of every job: time to end in good order, which is 3 s by default; one retry after running out of memory, which are

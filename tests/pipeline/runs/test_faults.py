@@ -34,7 +34,7 @@ import json, os, sys
 import torch, transformers, pandas, pyarrow.dataset, pyarrow.parquet, safetensors.torch
 from transformers.models.llama import modeling_llama
 import layerwise.solvers, layerwise.stages.evaluate.evaluator
-import layerwise.pipeline.run, layerwise.pipeline.executors.inline
+import layerwise.pipeline.runs.run, layerwise.pipeline.executors.inline
 from layerwise.pipeline.cli import main
 print("ready", flush=True)
 for line in iter(sys.stdin.readline, ""):

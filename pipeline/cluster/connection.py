@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from layerwise.errors import ClusterError, UsageError
-from layerwise.pipeline.tokens import Token, asks_for_token, find_token, token_file
+from layerwise.pipeline.cluster.tokens import Token, asks_for_token, find_token, token_file
 
 NETWORK_SECONDS = 10.0
 

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from layerwise.errors import StoreError
-from layerwise.pipeline.process import Process
-from layerwise.pipeline.submission import submission_numbers
+from layerwise.pipeline.cluster.submission import submission_numbers
+from layerwise.pipeline.runs.process import Process
 from layerwise.results.durable import publish_file
 
 

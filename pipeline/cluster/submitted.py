@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from layerwise.errors import ClusterError
-from layerwise.pipeline.attempt import Attempt
-from layerwise.pipeline.jobs import Job, Jobs
-from layerwise.pipeline.submission import Submission
+from layerwise.pipeline.cluster.jobs import Job, Jobs
+from layerwise.pipeline.cluster.submission import Submission
+from layerwise.pipeline.runs.attempt import Attempt
 
 
 @dataclass(frozen=True)

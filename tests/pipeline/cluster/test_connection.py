@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from layerwise.errors import ClusterError, UsageError
-from layerwise.pipeline import cluster
-from layerwise.pipeline.cluster import Visit, plain_address, travels_safely, visit
-from layerwise.pipeline.tokens import Token
+from layerwise.pipeline.cluster import connection as cluster
+from layerwise.pipeline.cluster.connection import Visit, plain_address, travels_safely, visit
+from layerwise.pipeline.cluster.tokens import Token
 
 SECRET = "5ecret" * 8
 TOKEN = Token("RAY_AUTH_TOKEN", SECRET)

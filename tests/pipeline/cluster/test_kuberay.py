@@ -12,11 +12,11 @@ import yaml
 
 import layerwise
 from layerwise.errors import UsageError
-from layerwise.pipeline import kuberay
+from layerwise.pipeline.cluster import kuberay
+from layerwise.pipeline.cluster.kuberay import DEFAULT_IMAGE, Pods, manifest, write_manifest
 from layerwise.pipeline.display import SilentDisplay
-from layerwise.pipeline.kuberay import DEFAULT_IMAGE, Pods, manifest, write_manifest
-from layerwise.pipeline.run import Run
-from layerwise.pipeline.status import run_state
+from layerwise.pipeline.runs.run import Run
+from layerwise.pipeline.runs.status import run_state
 from layerwise.pipeline.workflow import load_workflow
 
 # Source: the API reference of KubeRay, ray.io/v1, and that of Kubernetes for what is in `template`.

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from layerwise.errors import UsageError
-from layerwise.pipeline import runlog
 from layerwise.pipeline.display import SilentDisplay
-from layerwise.pipeline.runlog import ProgressFile, log_file, read_progress, recorded
+from layerwise.pipeline.runs import log as runlog
+from layerwise.pipeline.runs.log import ProgressFile, log_file, read_progress, recorded
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
 

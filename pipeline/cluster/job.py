@@ -1,9 +1,9 @@
 """What a submitted job runs on the cluster: the driver of one attempt at a run.
 
-`start.sh` (see `shipping.py`) starts it in the job's folder as `python -m layerwise.pipeline.job RESULTS RUN ATTEMPT
-NONCE`. Before anything is computed it makes sure that this Python can run layerwise, that the results folder is the one
-that `submit` wrote into, and that every file which was not shipped is visible; what is missing is named, and the exit
-code is 2. Then it is a run like any other, on the cluster that it finds itself in.
+`start.sh` (see `shipping.py`) starts it in the job's folder as `python -m layerwise.pipeline.cluster.job RESULTS RUN
+ATTEMPT NONCE`. Before anything is computed it makes sure that this Python can run layerwise, that the results folder is
+the one that `submit` wrote into, and that every file which was not shipped is visible; what is missing is named, and
+the exit code is 2. Then it is a run like any other, on the cluster that it finds itself in.
 
 The module imports nothing of ours at its top, and keeps to words that an older Python reads, so that a Python which is
 too old is told so.
@@ -54,9 +54,9 @@ def drive(results: Path, run: str, number: int, nonce: str) -> None:
         LayerwiseError: the run failed.
     """
     from layerwise.errors import UsageError
+    from layerwise.pipeline.cluster.submission import read_submission
     from layerwise.pipeline.display import LineDisplay
-    from layerwise.pipeline.run import WORKFLOW, Run
-    from layerwise.pipeline.submission import read_submission
+    from layerwise.pipeline.runs.run import WORKFLOW, Run
     from layerwise.pipeline.workflow import load_workflow
     from layerwise.pipeline.workflow.yaml12 import load_file
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from layerwise.pipeline.attempt import read_attempt
+from layerwise.pipeline.runs.attempt import read_attempt
 from layerwise.results.frontier import frontier_table
 from layerwise.results.store import Store
 
@@ -140,7 +140,7 @@ def test_every_stage_of_a_submitted_run_is_in_its_status(
 def test_what_was_shipped_has_the_keys_of_what_is_here(finished: tuple[Path, Outcome], project: Path) -> None:
     """So a run here finds all that the job made, and what is kept names the files where they are here."""
     from layerwise.pipeline.display import SilentDisplay
-    from layerwise.pipeline.run import Run
+    from layerwise.pipeline.runs.run import Run
     from layerwise.pipeline.workflow import load_workflow
 
     results, _ = finished
@@ -346,7 +346,7 @@ def test_a_path_that_the_cluster_cannot_see_is_named_with_exit_code_2(
     late = tmp_path / "late.py"
     late.write_text(
         "import shutil, sys\n"
-        "from layerwise.pipeline import cli, submit\n"
+        "from layerwise.pipeline import cli; from layerwise.pipeline.cluster import submit\n"
         "stage = submit.stage_package\n"
         f"submit.stage_package = lambda folder: (shutil.rmtree({str(copy / 'model')!r}), stage(folder))[1]\n"
         "cli.main()\n"
@@ -374,7 +374,7 @@ def test_a_results_folder_that_the_cluster_cannot_see_is_told_with_exit_code_2(
     swap = tmp_path / "swap.py"
     swap.write_text(
         "import pathlib, shutil\n"
-        "from layerwise.pipeline import cli, submit\n"
+        "from layerwise.pipeline import cli; from layerwise.pipeline.cluster import submit\n"
         "stage = submit.stage_package\n"
         "def swapped(folder):\n"
         f"    shutil.copytree({str(results)!r}, {str(results)!r} + '-here')\n"

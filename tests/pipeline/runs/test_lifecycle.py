@@ -22,17 +22,17 @@ import pytest
 
 from layerwise import stages
 from layerwise.errors import LayerwiseError, StoreError, UsageError
-from layerwise.pipeline import attempt as attempt_module
-from layerwise.pipeline import lifecycle
-from layerwise.pipeline.attempt import read_attempt
 from layerwise.pipeline.display import SilentDisplay
-from layerwise.pipeline.lifecycle import follow_log, read_log, reopen, stop
-from layerwise.pipeline.status import attempt_status, run_state, run_states
+from layerwise.pipeline.runs import attempt as attempt_module
+from layerwise.pipeline.runs import lifecycle
+from layerwise.pipeline.runs.attempt import read_attempt
+from layerwise.pipeline.runs.lifecycle import follow_log, read_log, reopen, stop
+from layerwise.pipeline.runs.status import attempt_status, run_state, run_states
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.results.frontier import frontier_table
 from layerwise.results.store import Store
 
-SCRIPT = Path(__file__).with_name("fake_stages.py")
+SCRIPT = Path(__file__).parents[1] / "fake_stages.py"
 STAGES = ["numbers", "parity", "sum", "aside"]
 
 
@@ -134,7 +134,7 @@ def test_the_kept_workflow_gives_the_same_run(workshop: Any, fake_stages: Module
 
 
 def test_the_kept_workflow_of_a_real_run_gives_the_same_run(tiny_workflow: Path, tmp_path: Path) -> None:
-    from layerwise.pipeline.run import Run
+    from layerwise.pipeline.runs.run import Run
 
     run = Run(load_workflow(tiny_workflow, profile="short", params={"bits": "[3, 5]"}), tmp_path, SilentDisplay())
     run.keep_workflow()

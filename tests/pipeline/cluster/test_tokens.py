@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import ClusterError
+from layerwise.pipeline.cluster.tokens import Token, asks_for_token, find_token, has_token
 from layerwise.pipeline.doctor import child
-from layerwise.pipeline.tokens import Token, asks_for_token, find_token, has_token
 
 SECRET = "5ecret" * 8
 

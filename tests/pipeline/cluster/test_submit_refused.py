@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from layerwise.pipeline import jobs, lifecycle, shipping, submit
-from layerwise.pipeline.jobs import Jobs
-from layerwise.pipeline.submission import read_submission
+from layerwise.pipeline.cluster import jobs, shipping, submit
+from layerwise.pipeline.cluster.jobs import Jobs
+from layerwise.pipeline.cluster.submission import read_submission
+from layerwise.pipeline.runs import lifecycle
 from layerwise.results.store import Store
 
 SECRET = "5ecret" * 8
@@ -144,7 +145,7 @@ def test_an_open_cluster_draws_a_warning_or_is_refused(cluster: Any, layerwise: 
 def test_a_token_goes_over_plain_http_only_where_that_is_said_and_then_for_this_run(
     cluster: Any, layerwise: Command, tiny_workflow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerwise.pipeline.cluster._is_loopback", lambda _: False)
+    monkeypatch.setattr("layerwise.pipeline.cluster.connection._is_loopback", lambda _: False)
     refused = layerwise("submit", tiny_workflow, "--address", cluster.address)
     assert refused.code == 5
     assert "--allow-insecure-http" in refused.err
@@ -356,9 +357,9 @@ def test_a_job_that_works_on_this_folder_without_a_record_there_is_not_doubled(
 def test_a_run_at_work_in_a_process_here_is_not_submitted(
     cluster: Any, layerwise: Command, tiny_workflow: Path, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layerwise.pipeline.attempt import begin_attempt
     from layerwise.pipeline.display import SilentDisplay
-    from layerwise.pipeline.run import Run
+    from layerwise.pipeline.runs.attempt import begin_attempt
+    from layerwise.pipeline.runs.run import Run
     from layerwise.pipeline.workflow import load_workflow
 
     run = Run(load_workflow(tiny_workflow), results, SilentDisplay())

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import CorruptArtifact, LayerwiseError, StoreError
-from layerwise.pipeline.account import Account
 from layerwise.pipeline.artifacts import Artifact, ArtifactStore, canonical, digest_of, locked
-from layerwise.pipeline.attempt import begin_attempt
 from layerwise.pipeline.display import Display
 from layerwise.pipeline.executors import RawExecutor, open_executor
 from layerwise.pipeline.executors.journal import JournaledExecutor
 from layerwise.pipeline.executors.raw import process_peak_rss_bytes
 from layerwise.pipeline.fetch import Fetched, fetch
-from layerwise.pipeline.runlog import recorded
+from layerwise.pipeline.runs.account import Account
+from layerwise.pipeline.runs.attempt import begin_attempt
+from layerwise.pipeline.runs.log import recorded
 from layerwise.pipeline.workflow import Node, Workflow
 from layerwise.pipeline.workflow.yaml12 import dump
 from layerwise.results.durable import disk_full_named, make_folder, replace_file

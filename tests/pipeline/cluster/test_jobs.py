@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from layerwise.errors import ClusterError, UsageError
-from layerwise.pipeline import jobs as jobs_module
-from layerwise.pipeline.jobs import Job, Jobs, check_variables, check_version
-from layerwise.pipeline.tokens import Token
+from layerwise.pipeline.cluster import jobs as jobs_module
+from layerwise.pipeline.cluster.jobs import Job, Jobs, check_variables, check_version
+from layerwise.pipeline.cluster.tokens import Token
 
 SECRET = "5ecret" * 8
 
@@ -110,8 +110,8 @@ def test_of_two_variables_the_one_counts_that_ray_follows(monkeypatch: pytest.Mo
 SUBMIT = """
 import sys
 from layerwise.errors import LayerwiseError
-from layerwise.pipeline.jobs import Jobs
-from layerwise.pipeline.tokens import Token
+from layerwise.pipeline.cluster.jobs import Jobs
+from layerwise.pipeline.cluster.tokens import Token
 
 address, token = sys.argv[1:]
 try:
@@ -164,7 +164,7 @@ def test_rays_client_is_told_where_nobody_answers() -> None:
 
 def test_asking_imports_no_ray(cluster: Any, tmp_path: Path) -> None:
     script = (
-        "import sys; from layerwise.pipeline.jobs import Jobs; jobs = Jobs.at(sys.argv[1]); "
+        "import sys; from layerwise.pipeline.cluster.jobs import Jobs; jobs = Jobs.at(sys.argv[1]); "
         "jobs.find('lw-a'), jobs.log('lw-a'), jobs.stop('lw-a'); print('ray' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script, cluster.address], capture_output=True, text=True, check=False)

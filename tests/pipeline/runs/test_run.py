@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from layerwise.errors import CorruptArtifact, DiskFull, InfeasibleBudget, StoreError, UnsupportedModel
-from layerwise.pipeline import run as run_module
-from layerwise.pipeline.run import _as_json, _differences
+from layerwise.pipeline.runs import run as run_module
+from layerwise.pipeline.runs.run import _as_json, _differences
 from layerwise.results.store import MARKER
 
 STAGES = ["numbers", "parity", "sum", "aside"]
-SCRIPT = Path(__file__).with_name("fake_stages.py")
+SCRIPT = Path(__file__).parents[1] / "fake_stages.py"
 
 
 def start(workshop: Any, *arguments: str, **options: Any) -> subprocess.Popen[str]:

@@ -25,9 +25,9 @@ from typing import Any
 from urllib.parse import quote
 
 from layerwise.errors import ClusterError, UsageError
-from layerwise.pipeline.cluster import ADDRESS_VARIABLES, get, same_address, stays_here, unreachable, visit
+from layerwise.pipeline.cluster.connection import ADDRESS_VARIABLES, get, same_address, stays_here, unreachable, visit
+from layerwise.pipeline.cluster.tokens import Token
 from layerwise.pipeline.doctor.versions import FAULT_OF_OLD_RAY, OLDEST_RAY, installed_version, release
-from layerwise.pipeline.tokens import Token
 
 LONGEST_LOG_BYTES = 2**24
 """So much of what a job printed is read."""
