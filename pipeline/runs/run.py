@@ -1,9 +1,9 @@
 """Runs a workflow: plans it against the cache, does what is missing, and keeps a durable account of everything.
 
 A run is one workflow with one set of inputs; its id says which, so running the same thing again continues or finds the
-same run, and two at once wait for each other. A stage's key is the hash of its implementation number, its parameters
-and the digests of what goes into it; a stage whose artifact is there is never run again, and an interrupted one finds
-the answers of its finished items. Nothing depends on an orderly end: whatever was acknowledged is on the disk.
+same run, and two at once wait for each other. A stage's key is the hash of its code, its parameters and the digests of
+what goes into it; a stage whose artifact is there is never run again, and an interrupted one finds the answers of its
+finished items. Nothing depends on an orderly end: whatever was acknowledged is on the disk.
 
 This process is the only writer of tables. It loads neither torch nor Ray unless something is missing.
 """
@@ -23,6 +23,7 @@ from typing import Any
 from layerwise.errors import CorruptArtifact, LayerwiseError, StoreError
 from layerwise.pipeline.artifacts import Artifact, ArtifactStore, canonical, digest_of, locked
 from layerwise.pipeline.display import Display
+from layerwise.pipeline.doctor.versions import installed_version
 from layerwise.pipeline.executors import RawExecutor, open_executor
 from layerwise.pipeline.executors.journal import JournaledExecutor
 from layerwise.pipeline.executors.raw import process_peak_rss_bytes
@@ -30,14 +31,18 @@ from layerwise.pipeline.fetch import Fetched, fetch
 from layerwise.pipeline.runs.account import Account
 from layerwise.pipeline.runs.attempt import begin_attempt
 from layerwise.pipeline.runs.log import recorded
+from layerwise.pipeline.source import source_digest
 from layerwise.pipeline.workflow import Node, Workflow
 from layerwise.pipeline.workflow.yaml12 import dump
 from layerwise.results.durable import disk_full_named, make_folder, replace_file
 from layerwise.results.store import Store
 from layerwise.stages.contract import Context, Row
 
-KEY_FORMAT = 1
+KEY_FORMAT = 2
 """Raised when the material of a key changes its meaning."""
+
+VERSIONS = ("torch", "transformers")
+"""Packages whose version is part of every key: another one may compute other bytes."""
 
 WORKFLOW = "workflow.yaml"
 """The file in a run's folder that holds its workflow, with nothing left to defaults or to other files."""
@@ -125,6 +130,8 @@ class Run:
             "format": KEY_FORMAT,
             "uses": node.stage.name,
             "impl": node.stage.impl,
+            "source": source_digest(node.stage.run, *_named_sources(node)),
+            "versions": {name: installed_version(name) for name in VERSIONS},
             "with": node.params.material(),
             "inputs": {port: [_digest(plans[id_]) for id_ in ids] for port, ids in node.inputs.items() if ids},
             "model": self.sources.model_digest,
@@ -344,6 +351,12 @@ def _lazily_opened(name: str, address: str | None) -> Iterator[Callable[[], RawE
     finally:
         for executor in opened:
             executor.close()
+
+
+def _named_sources(node: Node) -> tuple[str, ...]:
+    """The modules that a stage looks up by a name in its parameters, if these have a method `sources` that says so."""
+    sources = getattr(node.params, "sources", None)
+    return tuple(sources()) if callable(sources) else ()
 
 
 def _digest(plan: StagePlan) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from layerwise.errors import CorruptArtifact, DiskFull, InfeasibleBudget, StoreError, UnsupportedModel
 from layerwise.pipeline.runs import run as run_module
 from layerwise.pipeline.runs.run import _as_json, _differences
+from layerwise.pipeline.source import source_digest
 from layerwise.results.store import MARKER
 
 STAGES = ["numbers", "parity", "sum", "aside"]
@@ -91,6 +93,35 @@ def test_going_back_to_an_earlier_parameter_finds_everything(workshop: Any) -> N
     assert back.id == first.id
     assert display.of("cached") == STAGES
     assert not workshop.traces()
+
+
+def test_changed_code_and_changed_versions_rerun_a_stage_and_are_named(
+    workshop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop.run()
+    monkeypatch.setattr(run_module, "source_digest", lambda *starts: "5" * 64)
+    _, display = workshop.run()
+    assert display.started == dict.fromkeys(STAGES, "changed: source")
+    versions = {"torch": "9.1", "transformers": "5.14"}
+    monkeypatch.setattr(run_module, "installed_version", lambda name: versions[name])
+    workshop.run()
+    versions["torch"] = "9.2"
+    _, display = workshop.run()
+    assert display.started == dict.fromkeys(STAGES, "changed: versions.torch (9.1 -> 9.2)")
+
+
+def test_parameters_may_name_modules_that_count_as_code_of_their_stage(
+    workshop: Any, fake_stages: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Named(fake_stages.CountParams):
+        def sources(self) -> list[str]:
+            return ["layerwise.stages.compress.rtn"]
+
+    plain = {plan.node.id: plan.key for plan in workshop.prepare()[0].plan()}
+    monkeypatch.setitem(fake_stages.STAGES, "count", replace(fake_stages.COUNT, params=Named))
+    named = {plan.node.id: plan for plan in workshop.prepare()[0].plan()}
+    assert named["numbers"].key != plain["numbers"]
+    assert named["numbers"].material["source"] == source_digest(fake_stages.count, "layerwise.stages.compress.rtn")
 
 
 def test_the_reason_compares_with_the_newest_artifact_whatever_its_run_is_called(workshop: Any) -> None:
