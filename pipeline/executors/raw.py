@@ -52,6 +52,11 @@ class Resources:
         """Torch threads of one item."""
         return max(1, int(self.cpus))
 
+    @property
+    def device(self) -> str:
+        """What the work is computed on, which decides its last bits."""
+        return "cpu"
+
     def __str__(self) -> str:
         return describe(self.cpus, self.gpus, self.memory_bytes)
 

@@ -1,4 +1,4 @@
-"""Runs a workflow: plans it against the cache, does what is missing, and keeps a durable account of everything.
+"""Runs a workflow: does what its plan (`plan.py`) finds missing, and keeps a durable account of everything.
 
 A run is one workflow with one set of inputs; its id says which, so running the same thing again continues or finds the
 same run, and two at once wait for each other. A stage's key is the hash of its code, its parameters and the digests of
@@ -10,20 +10,18 @@ This process is the only writer of tables. It loads neither torch nor Ray unless
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import CorruptArtifact, LayerwiseError, StoreError
-from layerwise.pipeline.artifacts import Artifact, ArtifactStore, canonical, digest_of, locked
+from layerwise.pipeline.artifacts import Artifact, ArtifactStore, digest_of, locked
 from layerwise.pipeline.display import Display
-from layerwise.pipeline.doctor.versions import installed_version
 from layerwise.pipeline.executors import RawExecutor, open_executor
 from layerwise.pipeline.executors.journal import JournaledExecutor
 from layerwise.pipeline.executors.raw import process_peak_rss_bytes
@@ -31,40 +29,15 @@ from layerwise.pipeline.fetch import Fetched, fetch
 from layerwise.pipeline.runs.account import Account
 from layerwise.pipeline.runs.attempt import begin_attempt
 from layerwise.pipeline.runs.log import recorded
-from layerwise.pipeline.source import source_digest
+from layerwise.pipeline.runs.plan import Planner, StagePlan
 from layerwise.pipeline.workflow import Node, Workflow
 from layerwise.pipeline.workflow.yaml12 import dump
 from layerwise.results.durable import disk_full_named, make_folder, replace_file
 from layerwise.results.store import Store
-from layerwise.stages.contract import Context, Row
-
-KEY_FORMAT = 2
-"""Raised when the material of a key changes its meaning."""
-
-VERSIONS = ("torch", "transformers")
-"""Packages whose version is part of every key: another one may compute other bytes."""
+from layerwise.stages.contract import Context, Executor, Row
 
 WORKFLOW = "workflow.yaml"
 """The file in a run's folder that holds its workflow, with nothing left to defaults or to other files."""
-
-
-@dataclass
-class StagePlan:
-    """What is known of a stage before it runs.
-
-    Args:
-        node: the stage.
-        key: None while an input is not there yet.
-        material: what the key was made from.
-        artifact: None if it must be made.
-        reason: why it must be made.
-    """
-
-    node: Node
-    key: str | None = None
-    material: dict[str, Any] = field(default_factory=dict)
-    artifact: Artifact | None = None
-    reason: str = ""
 
 
 class Run:
@@ -87,6 +60,7 @@ class Run:
         self.sources: Fetched = fetch(workflow, root, self.artifacts.digests)
         self.artifacts.digests.save()
         self.resolved = workflow.resolved() if written is None else dict(written)
+        self.planner = Planner(self.store, self.artifacts, self.sources)
         self.id = self._id()
         self.folder = root / "runs" / self.id
 
@@ -100,71 +74,9 @@ class Run:
         name = re.sub(r"[^A-Za-z0-9._-]", "-", self.workflow.name).strip(".-_") or "run"
         return f"{name}-{digest_of(material)[:8]}"
 
-    # --- planning ---
-
     def plan(self) -> list[StagePlan]:
         """What each stage finds in the cache, producers first."""
-        plans: dict[str, StagePlan] = {}
-        for node in self.workflow.nodes:
-            plans[node.id] = self._plan_stage(node, plans)
-        return list(plans.values())
-
-    def _plan_stage(self, node: Node, plans: Mapping[str, StagePlan]) -> StagePlan:
-        plan = StagePlan(node)
-        waiting = [id_ for ids in node.inputs.values() for id_ in ids if plans[id_].artifact is None]
-        if waiting:
-            plan.reason = f"waits for {', '.join(waiting)}"
-            return plan
-        plan.material = self._material(node, plans)
-        plan.key = digest_of(plan.material)
-        try:
-            plan.artifact = self.artifacts.find(plan.key)
-            plan.reason = "" if plan.artifact else self._explain(node, plan)
-        except CorruptArtifact:
-            plan.reason = "damaged"  # and moved away by whoever makes it again
-        return plan
-
-    def _material(self, node: Node, plans: Mapping[str, StagePlan]) -> dict[str, Any]:
-        texts = {name: getattr(node.params, name) for name in node.stage.data}
-        return {
-            "format": KEY_FORMAT,
-            "uses": node.stage.name,
-            "impl": node.stage.impl,
-            "source": source_digest(node.stage.run, *_named_sources(node)),
-            "versions": {name: installed_version(name) for name in VERSIONS},
-            "with": node.params.material(),
-            "inputs": {port: [_digest(plans[id_]) for id_ in ids] for port, ids in node.inputs.items() if ids},
-            "model": self.sources.model_digest,
-            "data": {name: self.sources.data_digests[text] for name, text in texts.items()},
-            "device": "cpu",
-            "threads": node.resources.threads,
-            **({"machine": dict(node.stage.measures(node.params))} if node.stage.measures else {}),
-        }
-
-    def _find(self, key: str) -> Artifact | None:
-        try:
-            return self.artifacts.find(key)
-        except CorruptArtifact as error:
-            place = self.artifacts.quarantine(key)
-            self.display.warn(f"{error.message}; moved to {place} and made again")
-            return None
-
-    def _explain(self, node: Node, plan: StagePlan) -> str:
-        """Why a stage must run: what differs from the last artifact of the stage of this name, in whichever run."""
-        if plan.key is not None and self.artifacts.work(plan.key).is_dir():
-            return "interrupted before"
-        rows = [row for row in self.store.rows("stages") if row["stage"] == node.id]
-        if any(row["stage_key"] == plan.key and row["status"] == "ok" for row in rows):
-            return "no longer there"
-        rows.sort(key=lambda row: row["written_at"], reverse=True)
-        for key in dict.fromkeys(row["stage_key"] for row in rows):
-            with suppress(CorruptArtifact):
-                previous = self.artifacts.find(key) if key else None
-                if previous is not None:
-                    return "changed: " + ", ".join(_differences(previous.material, _as_json(plan.material)))
-        return "not there yet"
-
-    # --- running ---
+        return self.planner.plan(self.workflow.nodes)
 
     def execute(
         self,
@@ -204,7 +116,16 @@ class Run:
                 self._displayed(),
                 _lazily_opened(executor, address) as opened,
             ):
-                self._execute_stages(account, opened)
+                plans: dict[str, StagePlan] = {}
+                for node in self.workflow.nodes:
+                    plan = plans[node.id] = self.planner.plan_stage(node, plans)
+                    if plan.artifact is None:
+                        plan.artifact = self._make(plan, account, opened)
+                    else:
+                        self.artifacts.discard_work(plan.artifact.key)
+                        self._hit(plan, plan.artifact, account)
+                    self._link(node.id, plan.artifact)
+                self.artifacts.digests.save()  # what was found is hashed once, and not again by every cached run
 
     def _wait(self, pid: int | None) -> None:
         self.display.note(f"waiting: process {pid} runs {self.id}")
@@ -238,23 +159,20 @@ class Run:
         finally:
             self.display.end()
 
-    def _execute_stages(self, account: Account, opened: Callable[[], RawExecutor]) -> None:
-        plans: dict[str, StagePlan] = {}
-        for node in self.workflow.nodes:
-            plan = plans[node.id] = self._plan_stage(node, plans)
-            if plan.artifact is None:
-                plan.artifact = self._make(plan, account, opened)
-            else:
-                self.artifacts.discard_work(plan.artifact.key)
-                self._hit(plan, plan.artifact, account)
-            self._link(node.id, plan.artifact)
-        self.artifacts.digests.save()  # what was found is hashed once, and not again by every cached run
+    def _find(self, key: str) -> Artifact | None:
+        try:
+            return self.artifacts.find(key)
+        except CorruptArtifact as error:
+            place = self.artifacts.quarantine(key)
+            self.display.warn(f"{error.message}; moved to {place} and made again")
+            return None
 
     def _hit(self, plan: StagePlan, artifact: Artifact, account: Account) -> None:
         self.display.cached(plan.node.id)
         account.hit(plan.node.id, plan.key, {"uses": plan.node.stage.name, "output_digest": artifact.digest})
 
     def _make(self, plan: StagePlan, account: Account, opened: Callable[[], RawExecutor]) -> Artifact:
+        """The artifact of a stage that was not there: made here, or meanwhile by a process that was waited for."""
         node, key = plan.node, plan.key
         assert key is not None, "every input is there by now"
         with self.artifacts.claim(key, lambda pid: self.display.note(f"waiting: process {pid} makes stage {node.id}")):
@@ -263,44 +181,60 @@ class Run:
                 self._hit(plan, found, account)
                 return found
             self.display.start(node.id, node.stage.name, plan.reason)
-            started = time.monotonic()
-            row: dict[str, Any] = {"uses": node.stage.name, "reason": plan.reason}
-            try:
-                artifact, counts = self._work(plan, key, account, opened())
-            except BaseException as error:
-                if isinstance(error, LayerwiseError):
-                    error.message = f"stage {node.id}: {error.message}"
-                account.failure(node.id, key, {**row, "cache": "miss", "seconds": time.monotonic() - started}, error)
-                raise
-            row |= counts | {"seconds": time.monotonic() - started, "output_digest": artifact.digest}
-            account.stage(node.id, key, {**row, "cache": "partial" if counts["items_cached"] else "miss"})
-            self.display.finish(node.id, row["seconds"], counts["items_cached"], counts["items_total"])
+            with self._accounted(plan, account) as row:
+                work = self.artifacts.work(key)
+                executor = self._journaled(node, work, opened())
+                context = self._context(node, key, work, executor, account)
+                with disk_full_named(work):
+                    node.stage.run(context, node.params)
+                    artifact = self.artifacts.publish(key, context.out, plan.material)
+                self.artifacts.discard_work(key)
+                row["output_digest"] = artifact.digest
+                row["items_total"], row["items_cached"] = executor.items_total, executor.items_cached
+                row["peak_rss_bytes"] = max(executor.peak_rss_bytes, process_peak_rss_bytes())
             return artifact
 
-    def _work(self, plan: StagePlan, key: str, account: Account, raw: RawExecutor) -> tuple[Artifact, dict[str, int]]:
-        node = plan.node
-        work = self.artifacts.work(key)
+    @contextmanager
+    def _accounted(self, plan: StagePlan, account: Account) -> Iterator[dict[str, Any]]:
+        """Say in the tables and on the display how the making of a stage ended; what it was is filled in meanwhile."""
+        stage, started = plan.node.id, time.monotonic()
+        row: dict[str, Any] = {"uses": plan.node.stage.name, "reason": plan.reason}
+        try:
+            yield row
+        except BaseException as error:
+            if isinstance(error, LayerwiseError):
+                error.message = f"stage {stage}: {error.message}"
+            account.failure(stage, plan.key, {**row, "cache": "miss", "seconds": time.monotonic() - started}, error)
+            raise
+        row["seconds"] = time.monotonic() - started
+        account.stage(stage, plan.key, {**row, "cache": "partial" if row["items_cached"] else "miss"})
+        self.display.finish(stage, row["seconds"], row["items_cached"], row["items_total"])
+
+    def _journaled(self, node: Node, work: Path, raw: RawExecutor) -> JournaledExecutor:
+        return JournaledExecutor(
+            raw.sized(node.resources),
+            work / "journal",
+            tmp=self.artifacts.tmp,
+            progress=partial(self._progress, node.id),
+        )
+
+    def _context(self, node: Node, key: str, work: Path, executor: Executor, account: Account) -> Context:
+        """All that a stage may touch; its folders are made."""
         out, items = work / "out", work / "items"
         if out.exists():
             shutil.rmtree(out)  # of an attempt that was killed; its finished items stand under `items`
         for folder in (out, items):
             make_folder(folder)
-        executor = JournaledExecutor(
-            raw.sized(node.resources),
-            work / "journal",
-            tmp=self.artifacts.tmp,
-            progress=lambda done, total, note: self.display.progress(node.id, done, total, note),
-        )
-        seqs: dict[str, int] = {}
+        written: dict[str, int] = {}  # rows by table
 
         def record(table: str, rows: Sequence[Row]) -> None:
-            first = seqs.get(table, 0)
-            seqs[table] = first + len(rows)
+            first = written.get(table, 0)
+            written[table] = first + len(rows)
             self.store.append(
                 table, rows, run_id=self.id, stage=node.id, stage_key=key, attempt=account.attempt, first_seq=first
             )
 
-        context = Context(
+        return Context(
             out=out,
             items=items,
             model=self.sources.model,
@@ -310,18 +244,11 @@ class Run:
             },
             executor=executor,
             record=record,
-            progress=lambda done, total, note: self.display.progress(node.id, done, total, note),
+            progress=partial(self._progress, node.id),
         )
-        with disk_full_named(work):
-            node.stage.run(context, node.params)
-            artifact = self.artifacts.publish(key, out, plan.material)
-        self.artifacts.discard_work(key)
-        peak = max(executor.peak_rss_bytes, process_peak_rss_bytes())
-        return artifact, {
-            "items_total": executor.items_total,
-            "items_cached": executor.items_cached,
-            "peak_rss_bytes": peak,
-        }
+
+    def _progress(self, stage: str, done: int, total: int, note: str) -> None:
+        self.display.progress(stage, done, total, note)
 
     def _folder_of(self, stage: str) -> Path:
         return (self.folder / "stages" / stage).resolve()
@@ -351,33 +278,3 @@ def _lazily_opened(name: str, address: str | None) -> Iterator[Callable[[], RawE
     finally:
         for executor in opened:
             executor.close()
-
-
-def _named_sources(node: Node) -> tuple[str, ...]:
-    """The modules that a stage looks up by a name in its parameters, if these have a method `sources` that says so."""
-    sources = getattr(node.params, "sources", None)
-    return tuple(sources()) if callable(sources) else ()
-
-
-def _digest(plan: StagePlan) -> str:
-    assert plan.artifact is not None
-    return plan.artifact.digest
-
-
-def _as_json(document: Any) -> Any:
-    """As it is read again after it was written: a tuple has become a list."""
-    return json.loads(canonical(document))
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """The paths at which two documents differ, with their values where they are short."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [
-            difference
-            for key in sorted({*old, *new})
-            for difference in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    if old == new:
-        return []
-    before, after = str(old), str(new)
-    return [f"{path} ({before} -> {after})" if len(before) + len(after) < 60 else path]
