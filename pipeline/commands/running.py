@@ -58,6 +58,8 @@ def run(
             for plan in prepared.plan():
                 state = "cached" if plan.artifact else f"would run ({plan.reason})"
                 print(f"{plan.node.id}: {state}")
+                for text in plan.notes:
+                    print(f"  note: {text}")
             return
         _execute(prepared, executor, address=address)
     print_outcome(prepared.store, prepared.id)

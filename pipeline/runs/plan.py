@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerwise.errors import CorruptArtifact
+from layerwise.errors import CorruptArtifact, LayerwiseError
 from layerwise.pipeline.artifacts import Artifact, ArtifactStore, canonical, digest_of
 from layerwise.pipeline.doctor.versions import installed_version
 from layerwise.pipeline.fetch import Fetched
@@ -38,6 +38,7 @@ class StagePlan:
         material: what the key was made from.
         artifact: None if it must be made.
         reason: why it must be made.
+        notes: what it will leave out or fall back to, if it must be made and says so.
     """
 
     node: Node
@@ -45,6 +46,7 @@ class StagePlan:
     material: dict[str, Any] = field(default_factory=dict)
     artifact: Artifact | None = None
     reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Planner:
@@ -63,7 +65,9 @@ class Planner:
         """What each stage finds, producers first."""
         plans: dict[str, StagePlan] = {}
         for node in nodes:
-            plans[node.id] = self.plan_stage(node, plans)
+            plan = plans[node.id] = self.plan_stage(node, plans)
+            if plan.artifact is None:
+                plan.notes = self._notes(node)
         return list(plans.values())
 
     def plan_stage(self, node: Node, plans: Mapping[str, StagePlan]) -> StagePlan:
@@ -82,6 +86,15 @@ class Planner:
         except CorruptArtifact:
             plan.reason = "damaged"  # and moved away by whoever makes it again
         return plan
+
+    def _notes(self, node: Node) -> tuple[str, ...]:
+        """What a stage with `notes(params, model) -> lines` has to say before it is made."""
+        notes = getattr(node.stage, "notes", None)
+        try:
+            return () if notes is None else tuple(notes(node.params, self.sources.model))
+        except LayerwiseError as error:
+            error.message = f"stage {node.id}: {error.message}"
+            raise
 
     def _explain(self, stage: str, key: str, material: Mapping[str, Any]) -> str:
         """Why a stage must run: what differs from the last artifact of the stage of this name, in whichever run."""

@@ -116,6 +116,7 @@ class Run:
                 self._displayed(),
                 _lazily_opened(executor, address) as opened,
             ):
+                self._tell_notes()
                 plans: dict[str, StagePlan] = {}
                 for node in self.workflow.nodes:
                     plan = plans[node.id] = self.planner.plan_stage(node, plans)
@@ -158,6 +159,13 @@ class Run:
             yield
         finally:
             self.display.end()
+
+    def _tell_notes(self) -> None:
+        """Say what stages will leave out or fall back to, before any of them spends hours on the rest."""
+        if any(getattr(node.stage, "notes", None) for node in self.workflow.nodes):
+            for plan in self.plan():
+                for text in plan.notes:
+                    self.display.note(f"{plan.node.id}: {text}")
 
     def _find(self, key: str) -> Artifact | None:
         try:
