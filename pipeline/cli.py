@@ -8,14 +8,20 @@ from typing import NoReturn
 
 import typer
 
-from layerwise.pipeline.commands.clusters import submit
+from layerwise.pipeline.commands.clusters import manifest, submit
 from layerwise.pipeline.commands.following import logs, runs, status, stop
 from layerwise.pipeline.commands.machine import bench, doctor
 from layerwise.pipeline.commands.results import frontier, show
 from layerwise.pipeline.commands.running import resume, run
 from layerwise.pipeline.commands.workflows import graph, schema, validate
 
-COMMANDS = (run, submit, validate, schema, graph, runs, status, logs, stop, resume, frontier, show, bench, doctor)
+COMMANDS = (
+    *(run, submit, manifest),
+    *(validate, schema, graph),
+    *(runs, status, logs, stop, resume),
+    *(frontier, show),
+    *(bench, doctor),
+)
 """In the order of `layerwise --help`."""
 
 app = typer.Typer(

@@ -43,6 +43,8 @@ class Pods:
         cpus, memory_gib, gpus: of each pod.
         deadline_seconds: after which Kubernetes ends the job; None for no limit.
         retries: how often Kubernetes makes a new cluster and resumes.
+    Raises:
+        UsageError: the image is empty.
     """
 
     image: str = DEFAULT_IMAGE
@@ -52,6 +54,10 @@ class Pods:
     gpus: int = 0
     deadline_seconds: int | None = None
     retries: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.image:
+            raise UsageError("--image is empty", hint="name an image with Ray and layerwise in it, or leave it out")
 
 
 def manifest(run: Run, pods: Pods) -> str:

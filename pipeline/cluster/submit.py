@@ -18,10 +18,9 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from layerwise.errors import ClusterError, LayerwiseError, StoreError, UsageError
 from layerwise.pipeline.artifacts import locked
@@ -51,13 +50,6 @@ SECONDS_TO_BEGIN = 120.0
 
 _SECRET = re.compile(r"RAY_AUTH_.*|RAY_ADDRESS|RAY_API_SERVER_ADDRESS|PYTHONPATH")
 _SECONDS_BETWEEN_LOOKS = 0.3
-_OPTIONS = {
-    "ships": "--ship/--no-ship",
-    "pass_env": "--pass-env",
-    "require_auth": "--require-auth",
-    "in_clear": "--allow-insecure-http",
-    "wait": "--wait",
-}
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,34 @@ class Options:
     in_clear: bool = False
     argv: tuple[str, ...] = ()
     recorded: bool = False
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is said anew of a run that is submitted again; None for what stays as it was.
+
+    Args:
+        ships, pass_env, require_auth, in_clear: as in `Options`.
+        wait: whether to follow the run; not a matter of the submission.
+    """
+
+    ships: bool | None = None
+    pass_env: tuple[str, ...] | None = None
+    require_auth: bool | None = None
+    in_clear: bool | None = None
+    wait: bool | None = None
+
+    def said(self) -> list[str]:
+        """The options of the command line that were given."""
+        options = ("--ship/--no-ship", "--pass-env", "--require-auth", "--allow-insecure-http", "--wait")
+        values = (self.ships, self.pass_env, self.require_auth, self.in_clear, self.wait)
+        return [option for option, value in zip(options, values, strict=True) if value is not None]
+
+    def applied(self, options: Options) -> Options:
+        """Other options with what was said."""
+        names = ("ships", "pass_env", "require_auth", "in_clear")
+        said = {name: getattr(self, name) for name in names}
+        return replace(options, **{name: value for name, value in said.items() if value is not None})
 
 
 def submit(run: Run, options: Options, tell: Callable[[str], None]) -> tuple[Submission, bool]:
@@ -279,33 +299,8 @@ def is_finished(run: Run) -> bool:
     return state is not None and state.status == "ok"
 
 
-def check_usage(
-    address: str | None, kuberay: bool, only_kuberay: Mapping[str, object], only_address: Mapping[str, object]
-) -> None:
-    """Refuse options that do not go together.
-
-    Args:
-        address: that was given.
-        kuberay: whether a manifest is asked for.
-        only_kuberay: options that only a manifest takes; None, False, 0 and () for those that were not given.
-        only_address: those that only a cluster takes, likewise.
-    Raises:
-        UsageError: names them.
-    """
-    if kuberay and address is not None:
-        raise UsageError("--kuberay makes a cluster of its own, and --address names another", hint="leave one out")
-    if not kuberay and address is None:
-        raise UsageError("where to? --address is missing", hint="give the dashboard's, such as http://127.0.0.1:8265")
-    other, needed = (only_address, "--address") if kuberay else (only_kuberay, "--kuberay")
-    given = [name for name, value in other.items() if value not in (None, False, 0, ())]
-    if given:
-        raise UsageError(f"{', '.join(given)}: only together with {needed}", hint="leave it out")
-    if only_kuberay.get("--image") == "":
-        raise UsageError("--image is empty", hint="name an image with Ray and layerwise in it, or leave it out")
-
-
 def again(
-    state: RunState, address: str | None, executor: str | None, argv: Sequence[str], changes: Mapping[str, Any]
+    state: RunState, address: str | None, executor: str | None, argv: Sequence[str], changes: Changes
 ) -> Options | None:
     """How to submit a run again: as the last time, except for what is said anew. None if it is to run here.
 
@@ -314,25 +309,22 @@ def again(
         address: that was given; `http...` for a cluster to submit it to.
         executor: that was given; with one it runs here.
         argv: the command, for the record.
-        changes: fields of `Options` that were given, None for those that were not.
+        changes: what is said anew.
     Raises:
         UsageError: options of both ways together.
     """
-    said = {name: value for name, value in changes.items() if value is not None}
     there = address is not None and address.startswith(("http://", "https://"))
     if there and executor is not None:
         raise UsageError(f"--executor {executor} runs it here, and --address {address} there", hint="leave one out")
-    if executor is None and (there or (address is None and state.submission is not None)):
-        last = state.submission
-        plain = plain_address(address) if address is not None else "" if last is None else last.address
-        kept: dict[str, Any] = {} if last is None else {"ships": last.ships, "pass_env": last.pass_env}
-        if last is not None and plain == last.address:
-            kept["in_clear"] = last.in_clear  # said of that cluster, not of another one
-        said.pop("wait", None)
-        if "pass_env" in said:
-            said["pass_env"] = tuple(said["pass_env"])
-        return Options(plain, argv=tuple(argv), recorded=address is None, **{**kept, **said})
-    if said:
-        names = ", ".join(_OPTIONS[name] for name in said)
-        raise UsageError(f"{names}: only for a run that is submitted", hint="say where with --address http://...")
-    return None
+    last = state.submission
+    if executor is not None or not (there or (address is None and last is not None)):
+        if changes.said():
+            names = ", ".join(changes.said())
+            raise UsageError(f"{names}: only for a run that is submitted", hint="say where with --address http://...")
+        return None
+    plain = plain_address(address) if address is not None else "" if last is None else last.address
+    options = Options(plain, argv=tuple(argv), recorded=address is None)
+    if last is not None:  # a token in clear was allowed to that cluster, not to another one
+        in_clear = last.in_clear and plain == last.address
+        options = replace(options, ships=last.ships, pass_env=last.pass_env, in_clear=in_clear)
+    return changes.applied(options)

@@ -84,7 +84,7 @@ def resume(
     in_clear: InClearOption = False,
 ) -> None:
     """Go on with a run from its own folder; its workflow file is not needed. A submitted run is submitted again."""
-    from layerwise.pipeline.cluster.submit import again
+    from layerwise.pipeline.cluster.submit import Changes, again
     from layerwise.pipeline.display import open_display
     from layerwise.pipeline.runs.lifecycle import reopen
     from layerwise.pipeline.runs.status import run_state
@@ -93,8 +93,8 @@ def resume(
         check_executor(executor)
     store = open_store(results.absolute())
     state = run_state(store, run)
-    flags = {"require_auth": require_auth, "in_clear": in_clear, "wait": wait}
-    changes = {"ships": ship, "pass_env": pass_env, **{name: flag or None for name, flag in flags.items()}}
+    passed = None if pass_env is None else tuple(pass_env)
+    changes = Changes(ship, passed, require_auth or None, in_clear or None, wait or None)
     options = again(state, address, executor, sys.argv, changes)
     if options is not None and state.status != "ok":
         from layerwise.pipeline.cluster.handover import hand_over

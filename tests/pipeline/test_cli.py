@@ -22,7 +22,7 @@ import pytest
 
 from layerwise.pipeline import cli
 
-COMMANDS = ["run", "validate", "schema", "graph", "runs", "status", "logs", "stop", "resume"]
+COMMANDS = ["run", "submit", "manifest", "validate", "schema", "graph", "runs", "status", "logs", "stop", "resume"]
 COMMANDS += ["frontier", "show", "bench", "doctor"]
 STAGES = ["statistics", "levels", "profile", "search@ilp", "search@evolve", "score", "best", "model"]
 HEAVY = {"torch", "ray", "transformers"}

@@ -68,23 +68,19 @@ def pending(cluster: Any, layerwise: Command, tiny_workflow: Path) -> tuple[str,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--address is missing"),
-        (["--address", "head:8265"], "expected http://HOST:PORT"),
-        (["--kuberay", "--address", GONE], "--address names another"),
-        (["--kuberay", "--wait"], "--wait: only together with --address"),
-        (["--kuberay", "--pass-env", "HOME", "--no-ship"], "--no-ship, --pass-env: only together with --address"),
-        (["--kuberay", "--image", ""], "--image is empty"),
-        (["--address", GONE, "--image", ""], "--image: only together with --kuberay"),
-        (["--kuberay", "-o", "/nonexistent/job.yaml"], "cannot write /nonexistent/job.yaml: /nonexistent does not"),
-        (["--address", GONE, "-o", "x", "--workers", "2"], "-o, --workers: only together with --kuberay"),
-        (["--address", GONE, "--pass-env", "NOT_SET_HERE"], "--pass-env NOT_SET_HERE: it is not set here"),
-        (["--address", GONE, "--pass-env", "RAY_AUTH_TOKEN"], "--pass-env RAY_AUTH_TOKEN: the job has its own"),
+        (["submit"], "Missing option '--address'"),
+        (["submit", "--address", "head:8265"], "expected http://HOST:PORT"),
+        (["submit", "--address", GONE, "--pass-env", "NOT_SET_HERE"], "--pass-env NOT_SET_HERE: it is not set here"),
+        (["submit", "--address", GONE, "--pass-env", "RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN: the job has its own"),
+        (["manifest", "--image", ""], "--image is empty"),
+        (["manifest", "-o", "/nonexistent/job.yaml"], "cannot write /nonexistent/job.yaml: /nonexistent does not"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
     layerwise: Command, tiny_workflow: Path, empty_home: Path, results: Path, arguments: list[str], message: str
 ) -> None:
-    outcome = layerwise("submit", tiny_workflow, *arguments)
+    command, *options = arguments
+    outcome = layerwise(command, tiny_workflow, *options)
     assert outcome.code == 2
     assert message in outcome.err
     assert not list(results.glob("runs/*"))
