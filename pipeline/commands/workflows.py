@@ -45,7 +45,7 @@ def graph(
     format_: Annotated[Literal["text", "mermaid"], typer.Option("--format", help="how to draw it")] = "text",
 ) -> None:
     """Draw the stages of a workflow and what flows between them."""
-    from layerwise.pipeline.workflow.graph import build_graph, draw_mermaid, draw_text
+    from layerwise.pipeline.workflow.graph import draw_mermaid, draw_text
 
-    drawn = build_graph(load(workflow, param, set_, profile))
-    print(draw_text(drawn) if format_ == "text" else draw_mermaid(drawn))
+    loaded = load(workflow, param, set_, profile)
+    print(draw_text(loaded) if format_ == "text" else draw_mermaid(loaded))
