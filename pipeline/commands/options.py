@@ -63,10 +63,10 @@ def check_executor(name: str) -> None:
     """Refuse an unknown one at once, not when the first stage needs it."""
     from layerwise.errors import UsageError
     from layerwise.pipeline.executors import executor_names
-    from layerwise.stages.registry import nearest
+    from layerwise.pipeline.workflow.report import suggest
 
     if name not in executor_names():
-        raise UsageError(f"unknown executor '{name}' ({nearest(name, executor_names())})")
+        raise UsageError(f"unknown executor '{name}'{suggest(name, executor_names())}")
 
 
 def load(path: Path, param: list[str] | None, sets: list[str] | None, profile: str | None) -> Workflow:

@@ -25,8 +25,8 @@ from layerwise.pipeline.runs.process import Process
 from layerwise.pipeline.runs.run import WORKFLOW, Run
 from layerwise.pipeline.runs.status import LIVE, RunState, attempt_status, run_state
 from layerwise.pipeline.workflow import load_workflow
+from layerwise.pipeline.workflow.report import suggest
 from layerwise.results.store import Store
-from layerwise.stages.registry import nearest
 
 SECONDS_BETWEEN_LOOKS = 0.2
 """How often a log is read that is being followed; a line or two behind is no matter to who reads along."""
@@ -139,7 +139,7 @@ def check_stage(state: RunState, stage: str) -> None:
     """Refuse the name of a stage that a run does not have; `search` stands for all of `search@a`, `search@b`."""
     known = [entry.stage for entry in state.stages]
     if stage not in {name for entry in known for name in (entry, entry.partition("@")[0])}:
-        raise UsageError(f"run {state.run} has no stage '{stage}' ({nearest(stage, known)})")
+        raise UsageError(f"run {state.run} has no stage '{stage}'{suggest(stage, known)}")
 
 
 def read_log(store: Store, run: str, number: int, stage: str | None = None) -> Iterator[str]:
