@@ -22,8 +22,8 @@ import yaml
 
 from layerwise import __version__
 from layerwise.errors import UsageError
+from layerwise.pipeline.cluster.handover import JOB_ENVIRONMENT
 from layerwise.pipeline.cluster.shipping import named_paths
-from layerwise.pipeline.cluster.submit import JOB_ENVIRONMENT
 from layerwise.pipeline.doctor.versions import installed_version
 from layerwise.pipeline.runs.run import Run
 from layerwise.results.destination import writing

@@ -42,7 +42,7 @@ tried=
 for python in "$prefix/bin/python3" "$prefix/bin/python" "$program" python3 python; do
     command -v "$python" >/dev/null 2>&1 || continue
     has_ray='import importlib.util, sys; sys.exit(importlib.util.find_spec("ray") is None)'
-    "$python" -c "$has_ray" 2>/dev/null && exec "$python" -m layerwise.pipeline.cluster.job "$@"
+    "$python" -c "$has_ray" 2>/dev/null && exec "$python" -m layerwise.pipeline.cluster.driver "$@"
     tried="$tried $python"
 done
 echo "error: no Python here has Ray; tried:$tried" >&2

@@ -43,8 +43,8 @@ def submit(
 ) -> None:
     """Hand a workflow to a Ray cluster, and go home: `status`, `logs -f`, `stop` and `resume` find it again."""
     from layerwise.pipeline.cluster.connection import plain_address
-    from layerwise.pipeline.cluster.handover import hand_over
-    from layerwise.pipeline.cluster.submit import Options
+    from layerwise.pipeline.cluster.handover import Options
+    from layerwise.pipeline.cluster.terminal import hand_over
     from layerwise.pipeline.display import open_display
     from layerwise.pipeline.runs.run import Run
 

@@ -34,7 +34,7 @@ def runs(results: ResultsOption = RESULTS, format_: FormatOption = "table") -> N
 
 def status(run: RunArgument = None, results: ResultsOption = RESULTS, format_: FormatOption = "table") -> None:
     """Say how every run stands, or how each stage of one run does."""
-    from layerwise.pipeline.cluster.handover import print_how_to_go_on
+    from layerwise.pipeline.cluster.terminal import print_how_to_go_on
     from layerwise.pipeline.runs.status import run_state, run_states, runs_status_table, stages_status_table
 
     store, readable = open_store(results), format_ in TO_READ
@@ -59,7 +59,7 @@ def logs(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Print the log of a run's latest attempt."""
-    from layerwise.pipeline.cluster.handover import print_log_to_its_end
+    from layerwise.pipeline.cluster.terminal import print_log_to_its_end
     from layerwise.pipeline.runs.lifecycle import check_stage, find_attempt, read_log
     from layerwise.pipeline.runs.status import run_state
 
@@ -82,7 +82,7 @@ def stop(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Stop a run on this machine, or one that was submitted; what is finished is kept."""
-    from layerwise.pipeline.cluster.handover import print_how_to_go_on
+    from layerwise.pipeline.cluster.terminal import print_how_to_go_on
     from layerwise.pipeline.runs.lifecycle import stop as stop_run
 
     store = open_store(results)

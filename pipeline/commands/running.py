@@ -84,7 +84,7 @@ def resume(
     in_clear: InClearOption = False,
 ) -> None:
     """Go on with a run from its own folder; its workflow file is not needed. A submitted run is submitted again."""
-    from layerwise.pipeline.cluster.submit import Changes, again
+    from layerwise.pipeline.cluster.handover import Changes, again
     from layerwise.pipeline.display import open_display
     from layerwise.pipeline.runs.lifecycle import reopen
     from layerwise.pipeline.runs.status import run_state
@@ -97,7 +97,7 @@ def resume(
     changes = Changes(ship, passed, require_auth or None, in_clear or None, wait or None)
     options = again(state, address, executor, sys.argv, changes)
     if options is not None and state.status != "ok":
-        from layerwise.pipeline.cluster.handover import hand_over
+        from layerwise.pipeline.cluster.terminal import hand_over
 
         end_with(hand_over(reopen(store, state, open_display()), options, wait), store, state.run)
     with _stoppable():

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from layerwise.errors import ClusterError, LayerwiseError, StoreError, UsageError
 from layerwise.pipeline.cluster.jobs import Jobs
+from layerwise.pipeline.cluster.liveness import Clusters
 from layerwise.pipeline.cluster.submission import Submission, read_submission, submission_numbers
-from layerwise.pipeline.cluster.submitted import Clusters
 from layerwise.pipeline.display import Display
 from layerwise.pipeline.runs.attempt import attempt_numbers, read_attempt
 from layerwise.pipeline.runs.log import log_file

@@ -2,7 +2,7 @@
 
 The tables say what was done and how each attempt ended. A run that was killed could not write its end, so of a run that
 seems to be at work the process is asked whether it lives, by its id and its start, which only its own host can answer.
-Of an attempt that was submitted to a cluster, Ray is asked where that answers nothing (`submitted.py`): before the job
+Of an attempt that was submitted to a cluster, Ray is asked where that answers nothing (`liveness.py`): before the job
 has begun, and from another host. How far the present stage is comes from `progress.json`; losing that file costs a
 number on the screen.
 
@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from layerwise.pipeline.cluster.liveness import Clusters, Verdict, judge
 from layerwise.pipeline.cluster.submission import Submission, read_submission
-from layerwise.pipeline.cluster.submitted import Clusters, Told, tell
 from layerwise.pipeline.display import clock, left
 from layerwise.pipeline.runs.attempt import Attempt, attempt_numbers, last_number, read_attempt
 from layerwise.pipeline.runs.log import Progress, read_progress
@@ -159,19 +159,19 @@ def attempt_status(store: Store, run: str, number: int, clusters: Clusters | Non
     """
     folder = store.root / "runs" / run
 
-    def look() -> Told:
+    def look() -> Verdict:
         rows = store.rows("runs", run=run, columns=["status", "attempt"])
         statuses = [str(row["status"]) for row in rows if row["attempt"] == number]
         later = max(attempt_numbers(folder), default=0) > number
         attempt, submission = read_attempt(folder, number), read_submission(folder, number)
-        return tell(statuses[-1] if statuses else None, attempt, submission, clusters or Clusters(), over=later)
+        return judge(statuses[-1] if statuses else None, attempt, submission, clusters or Clusters(), over=later)
 
-    told = look()
-    if told.status not in LIVE:
-        told = look()  # it may have written its end after it was read, and ended before it was asked
-    if told.failure is not None:
-        raise told.failure
-    return told.status
+    verdict = look()
+    if verdict.status not in LIVE:
+        verdict = look()  # it may have written its end after it was read, and ended before it was asked
+    if verdict.failure is not None:
+        raise verdict.failure
+    return verdict.status
 
 
 def checked_runs_table(store: Store) -> pd.DataFrame:
@@ -213,7 +213,7 @@ def _run_state(
     number = max(row["attempt"], last_number(folder))
     attempt, submission = read_attempt(folder, number), read_submission(folder, number)
     begun = number == row["attempt"]  # else it was submitted, and has written no row
-    told = tell(row["status"] if begun else None, attempt, submission, clusters, thorough=thorough)
+    verdict = judge(row["status"] if begun else None, attempt, submission, clusters, thorough=thorough)
     progress = read_progress(folder)
     if progress is not None and progress.attempt != number:
         progress = None
@@ -222,20 +222,20 @@ def _run_state(
     return RunState(
         run=row["run_id"],
         name=row["name"],
-        status=told.status,
+        status=verdict.status,
         number=number,
         attempt=attempt,
-        checked=told.checked,
+        checked=verdict.checked,
         executor=row["executor"] if begun else "ray",
         started_at=started,
-        seconds=(now - started).total_seconds() if told.status == "running" else row["seconds"] if begun else None,
-        error=row["error"] if begun else told.error,
+        seconds=(now - started).total_seconds() if verdict.status == "running" else row["seconds"] if begun else None,
+        error=row["error"] if begun else verdict.error,
         stages=tuple(
-            _stage_state(stage, entry["uses"], rows.get(stage), told.status, number, progress, now)
+            _stage_state(stage, entry["uses"], rows.get(stage), verdict.status, number, progress, now)
             for stage, entry in json.loads(row["resolved"])["stages"].items()
         ),
         submission=submission,
-        remark=told.remark,
+        remark=verdict.remark,
     )
 
 

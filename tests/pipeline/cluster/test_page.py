@@ -80,7 +80,7 @@ def texts_of(path: Path) -> str:
 
 
 def test_the_page_states_the_limits_that_hold(cluster_page: Any) -> None:
-    from layerwise.pipeline.cluster.job import OLDEST_PYTHON
+    from layerwise.pipeline.cluster.driver import OLDEST_PYTHON
     from layerwise.pipeline.cluster.shipping import SHIP_LIMIT_BYTES
     from layerwise.pipeline.doctor.versions import OLDEST_RAY
 

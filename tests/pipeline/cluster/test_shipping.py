@@ -42,18 +42,20 @@ def test_the_package_is_shipped_whole_without_links_and_without_tests(tmp_path: 
     assert staged == tmp_path / "layerwise"
     assert not [path for path in staged.rglob("*") if path.is_symlink()]
     assert tree(staged) == everything_below(PACKAGE)
-    assert {"__init__.py", "pipeline/cluster/job.py", "kernels/packing.py", "stages/compress/gptq.py"} <= tree(staged)
+    assert {"__init__.py", "pipeline/cluster/driver.py", "kernels/packing.py", "stages/compress/gptq.py"} <= tree(
+        staged
+    )
     assert not {name for name in tree(staged) if "tests" in name or name.endswith((".pyc", ".so"))}
 
 
 def test_what_was_shipped_imports_without_the_checkout(tmp_path: Path) -> None:
     staged = stage_package(tmp_path)
-    imports = "from layerwise.pipeline.cluster import job"
-    script = f"import sys; sys.path.insert(0, sys.argv[1]); {imports}; print(job.__file__)"
+    imports = "from layerwise.pipeline.cluster import driver"
+    script = f"import sys; sys.path.insert(0, sys.argv[1]); {imports}; print(driver.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], cwd="/", capture_output=True, text=True, check=False
     )
-    assert done.stdout == f"{staged / 'pipeline' / 'cluster' / 'job.py'}\n", done.stderr
+    assert done.stdout == f"{staged / 'pipeline' / 'cluster' / 'driver.py'}\n", done.stderr
 
 
 def test_a_package_that_is_in_no_folder_cannot_be_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from layerwise.errors import ClusterError
 from layerwise.pipeline.cluster.jobs import Job, Jobs
+from layerwise.pipeline.cluster.liveness import Clusters, judge, refusal
 from layerwise.pipeline.cluster.submission import Submission
-from layerwise.pipeline.cluster.submitted import Clusters, refusal, tell
 from layerwise.pipeline.runs.attempt import Attempt
 from layerwise.pipeline.runs.process import Process
 
@@ -60,14 +60,14 @@ def attempt(process: str | None) -> Attempt | None:
 @pytest.mark.parametrize("process", [None, "alive", "dead", "elsewhere"])
 def test_an_end_that_was_written_holds_and_nobody_is_asked(ray_says: Any, status: str, process: str | None) -> None:
     visits = ray_says("RUNNING")
-    told = tell(status, attempt(process), SUBMISSION, Clusters(), thorough=True)
+    told = judge(status, attempt(process), SUBMISSION, Clusters(), thorough=True)
     assert (told.status, told.checked, told.remark, visits) == (status, True, None, [])
 
 
 @pytest.mark.parametrize("process", ["alive", "dead"])
 def test_where_the_process_answers_ray_is_not_asked(ray_says: Any, process: str) -> None:
     visits = ray_says(GONE)
-    told = tell("running", attempt(process), SUBMISSION, Clusters())
+    told = judge("running", attempt(process), SUBMISSION, Clusters())
     assert (told.status, told.checked) == ({"alive": "running", "dead": "interrupted"}[process], True)
     assert visits == []
 
@@ -98,7 +98,7 @@ def test_who_wants_to_know_everything_hears_what_ray_says(
     ray_says: Any, process: str | None, said: str, status: str, remark: str | None
 ) -> None:
     ray_says(said)
-    told = tell(None if process is None else "running", attempt(process), SUBMISSION, Clusters(), thorough=True)
+    told = judge(None if process is None else "running", attempt(process), SUBMISSION, Clusters(), thorough=True)
     assert (told.status, told.checked) == (status, True)
     assert (told.remark is None) is (remark is None)
     assert (remark or "") in (told.remark or "")
@@ -107,35 +107,35 @@ def test_who_wants_to_know_everything_hears_what_ray_says(
 @pytest.mark.parametrize(("process", "status"), [(None, "pending"), ("elsewhere", "running")])
 def test_where_only_ray_can_say_and_is_gone_nothing_is_claimed(ray_says: Any, process: str | None, status: str) -> None:
     ray_says(GONE)
-    told = tell(None if process is None else "running", attempt(process), SUBMISSION, Clusters())
+    told = judge(None if process is None else "running", attempt(process), SUBMISSION, Clusters())
     assert (told.status, told.checked, told.remark) == (status, False, "http://head:8265 cannot be reached")
     assert told.failure is not None
 
 
 def test_a_job_that_failed_before_it_began_says_why_in_its_own_words(ray_says: Any) -> None:
     ray_says("FAILED")
-    assert tell(None, None, SUBMISSION, Clusters()).error == "it cannot be\nhint: mend it"
+    assert judge(None, None, SUBMISSION, Clusters()).error == "it cannot be\nhint: mend it"
     assert refusal("no error here") == ""
 
 
 def test_an_attempt_that_has_begun_but_written_nothing_is_asked_about(ray_says: Any) -> None:
     ray_says(GONE)
-    assert tell(None, attempt("alive"), SUBMISSION, Clusters()).status == "running"
-    assert tell(None, attempt("dead"), None, Clusters()).status == "interrupted"
-    assert tell(None, None, None, Clusters()).status == "not started"
+    assert judge(None, attempt("alive"), SUBMISSION, Clusters()).status == "running"
+    assert judge(None, attempt("dead"), None, Clusters()).status == "interrupted"
+    assert judge(None, None, None, Clusters()).status == "not started"
 
 
 def test_an_attempt_with_a_later_one_is_over(ray_says: Any) -> None:
     visits = ray_says("RUNNING")
-    assert tell("running", attempt("elsewhere"), SUBMISSION, Clusters(), over=True).status == "interrupted"
+    assert judge("running", attempt("elsewhere"), SUBMISSION, Clusters(), over=True).status == "interrupted"
     assert visits == []
 
 
 def test_a_cluster_is_visited_once_until_it_is_forgotten(ray_says: Any) -> None:
     visits, clusters = ray_says(GONE), Clusters()
     for _ in range(3):
-        tell(None, None, SUBMISSION, clusters)
+        judge(None, None, SUBMISSION, clusters)
     assert visits == ["http://head:8265"]
     clusters.forget()
-    tell(None, None, SUBMISSION, clusters)
+    judge(None, None, SUBMISSION, clusters)
     assert len(visits) == 2

@@ -1,6 +1,6 @@
 """What a submitted job runs on the cluster: the driver of one attempt at a run.
 
-`start.sh` (see `shipping.py`) starts it in the job's folder as `python -m layerwise.pipeline.cluster.job RESULTS RUN
+`start.sh` (see `shipping.py`) starts it in the job's folder as `python -m layerwise.pipeline.cluster.driver RESULTS RUN
 ATTEMPT NONCE`. Before anything is computed it makes sure that this Python can run layerwise, that the results folder is
 the one that `submit` wrote into, and that every file which was not shipped is visible; what is missing is named, and
 the exit code is 2. Then it is a run like any other, on the cluster that it finds itself in.

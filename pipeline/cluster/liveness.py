@@ -16,7 +16,7 @@ from layerwise.pipeline.runs.attempt import Attempt
 
 
 @dataclass(frozen=True)
-class Told:
+class Verdict:
     """What is known of an attempt.
 
     Args:
@@ -70,7 +70,7 @@ class Clusters:
         self._known.clear()
 
 
-def tell(
+def judge(
     recorded: str | None,
     attempt: Attempt | None,
     submission: Submission | None,
@@ -78,7 +78,7 @@ def tell(
     *,
     over: bool = False,
     thorough: bool = False,
-) -> Told:
+) -> Verdict:
     """How an attempt stands.
 
     Args:
@@ -90,12 +90,12 @@ def tell(
         thorough: whether to ask Ray also where the process has been asked.
     """
     if recorded not in (None, "running"):
-        return Told(str(recorded))
+        return Verdict(str(recorded))
     begun = recorded is not None or attempt is not None
     if over or not (begun or submission is not None):
-        return Told("interrupted" if over else "not started")
+        return Verdict("interrupted" if over else "not started")
     alive = None if attempt is None else attempt.process.alive()
-    known = Told(_at_work(alive) if begun else "pending", checked=alive is not None)
+    known = Verdict(_at_work(alive) if begun else "pending", checked=alive is not None)
     if submission is None or (alive is not None and not thorough):
         return known
     try:
@@ -111,33 +111,33 @@ def _at_work(alive: bool | None) -> str:
     return "interrupted" if alive is False else "running"
 
 
-def _not_begun(submission: Submission, job: Job | None, clusters: Clusters) -> Told:
+def _not_begun(submission: Submission, job: Job | None, clusters: Clusters) -> Verdict:
     if job is None:
-        return Told("interrupted", remark=_unknown(submission))
+        return Verdict("interrupted", remark=_unknown(submission))
     if not job.over:
-        return Told("pending")
+        return Verdict("pending")
     if job.status == "STOPPED":
-        return Told("stopped", remark=f"job {submission.job} was stopped before it began")
-    return Told("failed", error=refusal(clusters.jobs(submission).log(submission.job)) or job.message)
+        return Verdict("stopped", remark=f"job {submission.job} was stopped before it began")
+    return Verdict("failed", error=refusal(clusters.jobs(submission).log(submission.job)) or job.message)
 
 
-def _by_ray(submission: Submission, job: Job | None) -> Told:
+def _by_ray(submission: Submission, job: Job | None) -> Verdict:
     """Its process cannot be asked, so Ray's word stands for it."""
     if job is None:
-        return Told("interrupted", remark=_unknown(submission))
+        return Verdict("interrupted", remark=_unknown(submission))
     if not job.over:
-        return Told("running")
-    return Told("interrupted", remark=f"Ray says {job.status} of job {submission.job}, which has not said so itself")
+        return Verdict("running")
+    return Verdict("interrupted", remark=f"Ray says {job.status} of job {submission.job}, which has not said so itself")
 
 
-def _beside_ray(submission: Submission, alive: bool, job: Job | None) -> Told:
+def _beside_ray(submission: Submission, alive: bool, job: Job | None) -> Verdict:
     status = _at_work(alive)
     if job is None:
-        return Told(status, remark=_unknown(submission))
+        return Verdict(status, remark=_unknown(submission))
     if alive == job.over:
         found = "at work" if alive else "gone"
-        return Told(status, remark=f"Ray says {job.status} of job {submission.job}, but its process is {found}")
-    return Told(status)
+        return Verdict(status, remark=f"Ray says {job.status} of job {submission.job}, but its process is {found}")
+    return Verdict(status)
 
 
 def _unknown(submission: Submission) -> str:

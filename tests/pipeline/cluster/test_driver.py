@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import StoreError, UsageError
-from layerwise.pipeline.cluster import job
+from layerwise.pipeline.cluster import driver
 from layerwise.pipeline.cluster.shipping import cargo, stage_job
 from layerwise.pipeline.cluster.submission import Submission, publish_submission
 from layerwise.pipeline.display import SilentDisplay
@@ -38,7 +38,7 @@ def submitted(run: Run, number: int = 1, elsewhere: tuple[str, ...] = ()) -> Sub
 
 def refusal(run: Run, nonce: str) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        job.drive(run.store.root, run.id, 1, nonce)
+        driver.drive(run.store.root, run.id, 1, nonce)
     assert caught.value.exit_code == 2
     assert caught.value.hint
     assert f"on {socket.gethostname()}, where the job runs" in caught.value.message
@@ -71,7 +71,7 @@ def test_an_attempt_that_has_begun_is_not_begun_again(run: Run) -> None:
     submission = submitted(run)
     begin_attempt(run.folder, "ray", [], run.artifacts.tmp, submitted=1)
     with pytest.raises(StoreError, match="has begun already"):
-        job.drive(run.store.root, run.id, 1, submission.nonce)
+        driver.drive(run.store.root, run.id, 1, submission.nonce)
 
 
 # --- as a program ---
@@ -88,7 +88,7 @@ def handlers() -> Iterator[None]:
 def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     monkeypatch.setattr(sys, "argv", ["job", *arguments])
     with pytest.raises(SystemExit) as caught:
-        job.main()
+        driver.main()
     return caught.value.code
 
 
@@ -102,7 +102,7 @@ def test_a_mistake_is_told_with_its_hint_and_exit_code(
 def test_a_job_that_is_stopped_ends_with_exit_code_3(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "drive", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(driver, "drive", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert ended(monkeypatch, "/nowhere", "run", "1", "x") == 3
     assert "what is finished is kept" in capsys.readouterr().err
 
@@ -110,10 +110,10 @@ def test_a_job_that_is_stopped_ends_with_exit_code_3(
 def test_a_python_that_is_too_old_or_lacks_something_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_NEEDED", ("numpy", "no_such_module", "nor_this"))
+    monkeypatch.setattr(driver, "_NEEDED", ("numpy", "no_such_module", "nor_this"))
     assert ended(monkeypatch) == 2
     told = capsys.readouterr().err
     assert ", lacks no_such_module, nor_this\nhint: install layerwise, or what it requires, on every machine" in told
-    monkeypatch.setattr(job, "OLDEST_PYTHON", (9, 0))
+    monkeypatch.setattr(driver, "OLDEST_PYTHON", (9, 0))
     assert ended(monkeypatch) == 2
     assert "layerwise needs Python 9.0 or later; the cluster's Ray runs on " in capsys.readouterr().err

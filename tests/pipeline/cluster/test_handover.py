@@ -346,9 +346,9 @@ def test_a_path_that_the_cluster_cannot_see_is_named_with_exit_code_2(
     late = tmp_path / "late.py"
     late.write_text(
         "import shutil, sys\n"
-        "from layerwise.pipeline import cli; from layerwise.pipeline.cluster import submit\n"
-        "stage = submit.stage_package\n"
-        f"submit.stage_package = lambda folder: (shutil.rmtree({str(copy / 'model')!r}), stage(folder))[1]\n"
+        "from layerwise.pipeline import cli; from layerwise.pipeline.cluster import handover\n"
+        "stage = handover.stage_package\n"
+        f"handover.stage_package = lambda folder: (shutil.rmtree({str(copy / 'model')!r}), stage(folder))[1]\n"
         "cli.main()\n"
     )
     command = [sys.executable, late, "submit", copy / "flow.yaml", "--address", head.dashboard, "--no-ship"]
@@ -374,14 +374,14 @@ def test_a_results_folder_that_the_cluster_cannot_see_is_told_with_exit_code_2(
     swap = tmp_path / "swap.py"
     swap.write_text(
         "import pathlib, shutil\n"
-        "from layerwise.pipeline import cli; from layerwise.pipeline.cluster import submit\n"
-        "stage = submit.stage_package\n"
+        "from layerwise.pipeline import cli; from layerwise.pipeline.cluster import handover\n"
+        "stage = handover.stage_package\n"
         "def swapped(folder):\n"
         f"    shutil.copytree({str(results)!r}, {str(results)!r} + '-here')\n"
         f"    (record,) = pathlib.Path({str(results)!r}).glob('runs/*/submissions/*')\n"
         "    record.unlink()\n"
         "    return stage(folder)\n"
-        "submit.stage_package = swapped\n"
+        "handover.stage_package = swapped\n"
         "cli.main()\n"
     )
     command = [sys.executable, swap, "submit", project / "flow.yaml", "--address", head.dashboard, "--results", results]

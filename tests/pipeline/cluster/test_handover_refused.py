@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from layerwise.pipeline.cluster import jobs, shipping, submit
+from layerwise.pipeline.cluster import handover, jobs, shipping
 from layerwise.pipeline.cluster.jobs import Jobs
 from layerwise.pipeline.cluster.submission import read_submission
 from layerwise.pipeline.runs import lifecycle
@@ -32,7 +32,7 @@ def results(tmp_path: Path) -> Path:
 def cluster(fake_cluster: Any, empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A cluster that takes jobs, and leaves them pending; we have its token."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", SECRET)
-    monkeypatch.setattr(submit, "SECONDS_TO_BEGIN", 0.0)
+    monkeypatch.setattr(handover, "SECONDS_TO_BEGIN", 0.0)
     monkeypatch.setattr(jobs, "installed_version", lambda _: "2.60.0")
     fake_cluster.given = {}
 
@@ -275,7 +275,7 @@ def test_a_job_that_fails_before_it_begins_is_told_with_its_words_and_exit_code(
     assert f"{run}: failed, attempt 1" in state.out
     assert "not visible on head, where the job runs: /model" in state.out
     assert "error: not visible on head" in layerwise("logs", run).out
-    monkeypatch.setattr(submit, "SECONDS_TO_BEGIN", 60.0)
+    monkeypatch.setattr(handover, "SECONDS_TO_BEGIN", 60.0)
     take = Jobs.submit
 
     def fail(self: Jobs, job: str, *given: Any) -> None:
