@@ -26,7 +26,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import planar
-from layerwise.kernels.activations import on_its_device, ready
+from layerwise.kernels.activations import on_its_device, ready, uses_asm
 from layerwise.kernels.block_sparse import BlockSparse
 from layerwise.kernels.block_sparse_matmul import block_sparse_matmul
 from layerwise.kernels.block_sparse_matmul import refuses as block_sparse_matmul_refuses
@@ -358,7 +358,7 @@ def _fused(x: Tensor, packed: LowRank) -> Tensor:
         SPLITS=splits,
         PATIENCE=PATIENCE,
         EVEN_K=k == base.k_padded,
-        USE_ASM=x.device.type == "cuda",
+        USE_ASM=uses_asm(x.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

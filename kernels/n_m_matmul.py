@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from layerwise.errors import UsageError
-from layerwise.kernels.activations import on_its_device, ready
+from layerwise.kernels.activations import on_its_device, ready, uses_asm
 from layerwise.kernels.n_m_sparse import NMSparse
 from layerwise.kernels.split_k import finish, workspace
 
@@ -193,7 +193,7 @@ def n_m_matmul(x: Tensor, packed: NMSparse) -> Tensor:
         BN=BN[BM],
         SPLITS=splits,
         DTYPE=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
-        USE_ASM=x.device.type == "cuda",
+        USE_ASM=uses_asm(x.device),
         **OPTIONS,
     )
     return y

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import planar
-from layerwise.kernels.activations import on_its_device, ready
+from layerwise.kernels.activations import on_its_device, ready, uses_asm
 from layerwise.kernels.configs import Config, config_for
 from layerwise.kernels.dequantize import difference, offset, unit
 from layerwise.kernels.quantized import Quantized
@@ -234,7 +234,7 @@ def launch(packed: Quantized, m: int, config: Config | None = None) -> Launch:
         "LEFT": config.left,
         "SPLITS": splits,
         "EVEN_K": k == packed.k_padded,
-        "USE_ASM": device.type == "cuda" and torch.version.hip is None,
+        "USE_ASM": uses_asm(device),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
