@@ -254,8 +254,10 @@ def launch(packed: Quantized, m: int, config: Config | None = None) -> Launch:
 
 @cache
 def capability(device: torch.device) -> int:
-    """90 for 9.0; of the interpreter, which has none, the newest in the table."""
+    """90 for 9.0. The interpreter has none and takes the newest entries; AMD counts anew and takes the oldest."""
     if device.type != "cuda":
         return 90
+    if torch.version.hip is not None:
+        return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
