@@ -31,14 +31,13 @@ from layerwise.kernels.block_sparse import BlockSparse
 from layerwise.kernels.block_sparse_matmul import block_sparse_matmul
 from layerwise.kernels.block_sparse_matmul import refuses as block_sparse_matmul_refuses
 from layerwise.kernels.configs import config_for
-from layerwise.kernels.dequantize import unit
 from layerwise.kernels.low_rank import LowRank
 from layerwise.kernels.n_m_matmul import n_m_matmul
 from layerwise.kernels.n_m_matmul import refuses as n_m_matmul_refuses
 from layerwise.kernels.n_m_sparse import NMSparse
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
-from layerwise.kernels.quantized_matmul import add_block, capability, quantized_matmul
+from layerwise.kernels.quantized_matmul import accumulate, capability, quantized_matmul
 from layerwise.kernels.quantized_matmul import refuses as quantized_matmul_refuses
 from layerwise.kernels.split_k import add_slots, arrive_last, counters
 from layerwise.kernels.unstructured import Unstructured
@@ -201,39 +200,29 @@ def low_rank_kernel(
     else:
         tile = (number - PROJECTIONS) % tiles
         split = (number - PROJECTIONS) // tiles
-        FIELDS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
-        BLOCK: tl.constexpr = FIELDS * RUN
-        BLOCK_WORDS: tl.constexpr = 2 * RUN if BITS == 3 else RUN
         row = tl.arange(0, BM)
         column = tile * BN + tl.arange(0, BN)
         inside = row < m
-        here = column < n_padded
-        acc = tl.zeros((BM, BN), tl.float32)
-        for block in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
-            group = 0 if GROUP == -1 else block * BLOCK // GROUP * n_padded
-            acc = add_block(
-                acc,
-                packed_x_ptr + row * k,
-                inside,
-                words_ptr + block * BLOCK_WORDS * n_padded + column,
-                upper_ptr + block * RUN * n_padded + column if BITS == 3 else None,
-                scale_ptr + group + column,
-                None if SYM else zero_ptr + group + column,
-                here,
-                block * BLOCK,
-                k,
-                n_padded,
-                BITS,
-                GROUP,
-                SYM,
-                RUN,
-                False,
-                EVEN_K,
-                USE_ASM,
-            )
-        if GROUP == -1:
-            acc *= tl.load(scale_ptr + column, mask=here, other=0.0).to(tl.float32)[None, :]
-        acc *= 1.0 / unit(x_ptr.dtype.element_ty == tl.bfloat16)
+        acc = accumulate(
+            packed_x_ptr + row * k,
+            inside,
+            words_ptr,
+            upper_ptr,
+            scale_ptr,
+            zero_ptr,
+            column,
+            split * blocks // SPLITS,
+            (split + 1) * blocks // SPLITS,
+            k,
+            n_padded,
+            BITS,
+            GROUP,
+            SYM,
+            RUN,
+            False,
+            EVEN_K,
+            USE_ASM,
+        )
         at = row[:, None] * n + column[None, :]
         exists = inside[:, None] & (column < n)[None, :]
         last = True
