@@ -17,7 +17,9 @@ Three forms (`form` says which runs):
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import triton
@@ -25,24 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.kernels import planar
+from layerwise.kernels import block_sparse_matmul, n_m_matmul, planar, quantized_matmul, unstructured_matvec
 from layerwise.kernels.activations import on_its_device, ready, uses_asm
-from layerwise.kernels.block_sparse import BlockSparse
-from layerwise.kernels.block_sparse_matmul import block_sparse_matmul
-from layerwise.kernels.block_sparse_matmul import refuses as block_sparse_matmul_refuses
 from layerwise.kernels.configs import config_for
 from layerwise.kernels.low_rank import LowRank
-from layerwise.kernels.n_m_matmul import n_m_matmul
-from layerwise.kernels.n_m_matmul import refuses as n_m_matmul_refuses
-from layerwise.kernels.n_m_sparse import NMSparse
-from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
-from layerwise.kernels.quantized_matmul import accumulate, capability, quantized_matmul
-from layerwise.kernels.quantized_matmul import refuses as quantized_matmul_refuses
+from layerwise.kernels.quantized_matmul import accumulate, capability
 from layerwise.kernels.split_k import add_slots, arrive_last, counters
-from layerwise.kernels.unstructured import Unstructured
-from layerwise.kernels.unstructured_matvec import refuses as unstructured_matvec_refuses
-from layerwise.kernels.unstructured_matvec import unstructured_matvec
 
 MAX_FUSED_M = 16
 """Rows of x up to which A is computed in the same launch: one tile of a tensor core."""
@@ -66,6 +57,32 @@ SIGNALS = 4
 """Counters before those of the tiles: two are used, four keep the rest aligned."""
 
 Form = Literal["fused", "separate", "factors"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The kernel of one format, as a low-rank addition needs it.
+
+    Args:
+        refuses: why it cannot take m rows of activations of a dtype with a weight of that format, None if it can.
+        multiply: the product of activations (m, k) by such a weight.
+    """
+
+    refuses: Callable[[Any, int, torch.dtype], str | None]
+    multiply: Callable[[Tensor, Any], Tensor]
+
+
+BASES = {
+    "quantized": Base(lambda base, m, dtype: quantized_matmul.refuses(base), quantized_matmul.quantized_matmul),
+    "block_sparse": Base(
+        lambda base, m, dtype: block_sparse_matmul.refuses(base, m), block_sparse_matmul.block_sparse_matmul
+    ),
+    "n_m_sparse": Base(n_m_matmul.refuses, n_m_matmul.n_m_matmul),
+    "unstructured": Base(
+        lambda base, m, dtype: unstructured_matvec.refuses(base, m), unstructured_matvec.unstructured_matvec
+    ),
+}
+"""By format, what a low-rank addition can follow."""
 
 
 @triton.jit
@@ -262,7 +279,7 @@ def low_rank_matmul(x: Tensor, packed: LowRank) -> Tensor:
         return _fused(x, packed)
     t = x @ packed.A.to(x.dtype).T
     B = packed.B.to(x.dtype)
-    return t @ B.T if packed.base is None else torch.addmm(_by_base(x, packed.base), t, B.T)
+    return t @ B.T if packed.base is None else torch.addmm(BASES[packed.base.format].multiply(x, packed.base), t, B.T)
 
 
 def form(packed: LowRank, m: int, dtype: torch.dtype) -> Form:
@@ -278,26 +295,9 @@ def refuses(packed: LowRank, m: int, dtype: torch.dtype) -> str | None:
     base = packed.base
     if base is None:
         return None
-    if isinstance(base, Quantized):
-        return quantized_matmul_refuses(base)
-    if isinstance(base, BlockSparse):
-        return block_sparse_matmul_refuses(base, m)
-    if isinstance(base, NMSparse):
-        return n_m_matmul_refuses(base, m, dtype)
-    if isinstance(base, Unstructured):
-        return unstructured_matvec_refuses(base, m)
-    return f"{base.format} weights have no Triton kernel that a low-rank addition could follow"
-
-
-def _by_base(x: Tensor, base: Packed) -> Tensor:
-    if isinstance(base, Quantized):
-        return quantized_matmul(x, base)
-    if isinstance(base, BlockSparse):
-        return block_sparse_matmul(x, base)
-    if isinstance(base, NMSparse):
-        return n_m_matmul(x, base)
-    assert isinstance(base, Unstructured)
-    return unstructured_matvec(x, base)
+    if base.format not in BASES:
+        return f"{base.format} weights have no Triton kernel that a low-rank addition could follow"
+    return BASES[base.format].refuses(base, m, dtype)
 
 
 def _fused(x: Tensor, packed: LowRank) -> Tensor:
