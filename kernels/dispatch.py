@@ -11,7 +11,6 @@ Measuring stands in `measure.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layerwise.errors import UsageError
@@ -199,11 +198,6 @@ def overlap(first: Row, second: Row) -> bool:
     """Whether two times cannot be told apart: they differ by less than 2 · sqrt(MAD₁² + MAD₂²)."""
     distance = abs(first.median_ms - second.median_ms)
     return distance == 0 or distance < 2 * math.hypot(first.mad_ms, second.mad_ms)
-
-
-def sum_interval(rows: Sequence[Row]) -> tuple[float, float]:
-    """Summed ms of several products and the MAD of the sum, their scatter taken as independent."""
-    return sum(row.median_ms for row in rows), math.hypot(*(row.mad_ms for row in rows))
 
 
 def _dtype(work: Work) -> str:

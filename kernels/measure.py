@@ -17,7 +17,7 @@ from torch import Tensor
 from layerwise.errors import UsageError
 from layerwise.kernels.backends import Backend, Matmul, Work, able, prepare
 from layerwise.kernels.dense import Dense
-from layerwise.kernels.device import Device, this_device
+from layerwise.kernels.device import Device
 from layerwise.kernels.dispatch import DENSE
 from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.packed import Packed, rebuild
@@ -40,9 +40,6 @@ Lost = Callable[[str, Exception], None]
 
 Timer = Callable[[Mapping[str, Sequence[Call]], Sampling], dict[str, Timing]]
 """Times calls side by side: `time_cpu`, `time_cuda`."""
-
-Progress = Callable[[int, int, str], None]
-"""`(done, total, note)`; a unit of work is a race."""
 
 
 @dataclass(frozen=True)
@@ -78,44 +75,6 @@ def races(weights: Sequence[Packed], ms: Sequence[int], dtype: torch.dtype, devi
     return [
         Race(tuple(labels.values()), Work(m, dtype, device)) for labels in shapes.values() for m in dict.fromkeys(ms)
     ]
-
-
-def measure(
-    weights: Sequence[Packed],
-    ms: Sequence[int],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    sampling: Sampling | None = None,
-    timer: Timer | None = None,
-    progress: Progress | None = None,
-) -> LatencyTable:
-    """Time every backend that takes a weight, and the dense products, for every shape and label.
-
-    Args:
-        weights: on any device; of those with equal shape and label one is timed.
-        ms: numbers of rows of the activations.
-        dtype: of the activations.
-        device: `cpu` or `cuda`.
-        sampling: how much is measured.
-        timer: that of the device if left out.
-        progress: told after each race.
-    Returns:
-        A table of this device.
-    Raises:
-        UsageError: nothing to measure, or no such device here.
-        NoisyMeasurement: times scatter too much.
-    """
-    here, sampling = this_device(device), sampling or Sampling()
-    planned = races(weights, ms, dtype, torch.device(device))
-    rows: list[Row] = []
-    for done, race in enumerate(planned):
-        if progress is not None:
-            progress(done, len(planned), race.note)
-        rows += run_race(race, sampling, timer)
-    if progress is not None:
-        progress(len(planned), len(planned), "races")
-    return table_of(here, rows, sampling)
 
 
 def table_of(here: Device, rows: Sequence[Row], sampling: Sampling) -> LatencyTable:

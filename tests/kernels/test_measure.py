@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from layerwise.errors import NoisyMeasurement, UsageError
+from layerwise.errors import UsageError
 from layerwise.kernels.backends import Work, able, find_backend, prepare
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.device import this_device
@@ -19,11 +19,11 @@ from layerwise.kernels.latency_table import Row
 from layerwise.kernels.measure import (
     DENSE_BACKENDS,
     bytes_read,
-    measure,
     races,
     rotation,
     run_race,
     run_together,
+    table_of,
 )
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
@@ -139,7 +139,7 @@ def test_eight_bit_floats_are_read_as_bytes() -> None:
 def test_nothing_to_measure_is_refused() -> None:
     for weights, ms in (([], [1]), ([quantized(16, 32, 4)], []), ([quantized(16, 32, 4)], [0])):
         with pytest.raises(UsageError, match="nothing to measure"):
-            measure(weights, ms)
+            races(weights, ms, torch.float32, torch.device("cpu"))
 
 
 def test_every_copy_has_memory_of_its_own() -> None:
@@ -157,23 +157,14 @@ def test_every_copy_has_memory_of_its_own() -> None:
 
 
 def test_a_table_of_real_times_belongs_to_this_machine_and_chooses() -> None:
-    told = list[tuple[int, int, str]]()
-    table = measure([quantized(32, 64, 4, 32)], [1, 2], sampling=SMALL, progress=lambda *step: told.append(step))
+    planned = races([quantized(32, 64, 4, 32)], [1, 2], torch.float32, torch.device("cpu"))
+    table = table_of(this_device("cpu"), [row for race in planned for row in run_race(race, SMALL)], SMALL)
     assert table.device == this_device("cpu")
     assert table.protocol["clock"] == "process CPU time, one thread"
-    assert told == [(0, 2, "32 x 64, 1 rows"), (1, 2, "32 x 64, 2 rows"), (2, 2, "races")]
     assert {row.backend for row in table.rows} == {*ALWAYS, "int4pack"}
     assert all(0 < row.min_ms <= row.median_ms for row in table.rows)
     choice = Dispatcher(table, this_device("cpu")).choose("int4-g32-sym", 32, 64, 1, "float32")
     assert choice.row.median_ms <= choice.dense.median_ms
-
-
-def test_a_race_that_is_too_noisy_gives_no_rows() -> None:
-    def noisy(candidates: Mapping[str, Sequence[Call]], sampling: Sampling) -> dict[str, Timing]:
-        raise NoisyMeasurement("times scatter too much")
-
-    with pytest.raises(NoisyMeasurement):
-        measure([quantized(16, 32, 4)], [1], sampling=SMALL, timer=noisy)
 
 
 def test_dense_products_of_both_devices_are_backends_that_take_a_dense_weight() -> None:
@@ -185,9 +176,9 @@ def test_dense_products_of_both_devices_are_backends_that_take_a_dense_weight() 
 
 @pytest.mark.gpu
 def test_a_gpu_is_measured_by_graphs() -> None:
-    table = measure(
-        [quantized(256, 256, 4, 128)], [1], dtype=torch.float16, device="cuda", sampling=Sampling(max_spread=10)
-    )
+    (race,) = races([quantized(256, 256, 4, 128)], [1], torch.float16, torch.device("cuda"))
+    sampling = Sampling(max_spread=10)
+    table = table_of(this_device("cuda"), run_race(race, sampling), sampling)
     assert {"cublas", "triton_quantized"} <= {row.backend for row in table.rows}
     assert table.protocol["clock"] == "CUDA graphs"
 
