@@ -14,17 +14,14 @@ import math
 from dataclasses import dataclass, replace
 
 from layerwise.errors import UsageError
-from layerwise.kernels.backends import Matmul, Work, prepare
+from layerwise.kernels.backends import BACKENDS, Matmul, Work, prepare
 from layerwise.kernels.device import Device, require_same
-from layerwise.kernels.latency_fit import BOUNDARIES, Affine, fit_rows, interpolate_rows
+from layerwise.kernels.latency_fit import Affine, fit_rows, interpolate_rows
 from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.packed import Packed
 
 DENSE = "dense"
 """The label of a weight that is not packed."""
-
-OURS = "triton_"
-"""What the names of our kernels begin with: the ones that change their way of working at `BOUNDARIES`."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,8 @@ class Dispatcher:
             return measured[m]
         if not measured:
             return self._row_of_another_shape(backend, label, n, k, m, dtype)
-        boundaries = BOUNDARIES if backend.startswith(OURS) else ()
+        known = BACKENDS.get(backend)  # the table's may be of another version
+        boundaries = () if known is None else known.boundaries
         ms = interpolate_rows({rows: row.median_ms for rows, row in measured.items()}, m, boundaries)
         like = measured[min(measured, key=lambda rows: abs(math.log(rows / m)))]
         return None if ms is None else _fitted(like, n, k, m, ms, like.mad_ms, like.size_bytes)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import cpu_backends
-from layerwise.kernels.backends import BACKENDS, Backend, Work, find_backend, prepare
+from layerwise.kernels.backends import Work, find_backend, prepare
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.low_rank import LowRank
 from layerwise.kernels.packed import Packed
@@ -258,13 +256,3 @@ def test_a_primitive_that_this_torch_lacks_is_refused_in_words(
 ) -> None:
     monkeypatch.setattr(cpu_backends, "_has", lambda namespace, operator: False)
     assert said in refusal(name, packed)
-
-
-def test_every_backend_of_the_processor_stands_in_the_table_under_its_own_name() -> None:
-    ours = {value.name for value in vars(cpu_backends).values() if isinstance(value, Backend)}
-    named = {name for name, place in BACKENDS.items() if place.startswith("layerwise.kernels.cpu_backends:")}
-    assert ours == named
-    assert all(find_backend(name).name == name and find_backend(name).device == "cpu" for name in named)
-    inexact = {name for name in named if not find_backend(name).exact}
-    assert inexact == {"int8_dynamic", "int4pack", "factors_on_base"}
-    assert dataclasses.is_dataclass(Backend)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 
 import pytest
 import torch
 
 from layerwise.errors import UsageError
-from layerwise.kernels.backends import Work, able, find_backend, prepare
+from layerwise.kernels.backends import Work, able, prepare
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.device import this_device
 from layerwise.kernels.dispatch import Dispatcher
 from layerwise.kernels.latency_table import Row
 from layerwise.kernels.measure import (
-    DENSE_BACKENDS,
-    bytes_read,
     races,
     rotation,
     run_race,
@@ -131,11 +126,6 @@ def test_what_fails_or_is_not_admitted_is_left_out_alone(monkeypatch: pytest.Mon
         run_race(race, SMALL, ScriptedTimer(TIMES))
 
 
-def test_eight_bit_floats_are_read_as_bytes() -> None:
-    packed = quantized(32, 64, 4)
-    assert bytes_read(packed, find_backend("fp8")) == 32 * 64 + 32 * 4
-
-
 def test_nothing_to_measure_is_refused() -> None:
     for weights, ms in (([], [1]), ([quantized(16, 32, 4)], []), ([quantized(16, 32, 4)], [0])):
         with pytest.raises(UsageError, match="nothing to measure"):
@@ -167,13 +157,6 @@ def test_a_table_of_real_times_belongs_to_this_machine_and_chooses() -> None:
     assert choice.row.median_ms <= choice.dense.median_ms
 
 
-def test_dense_products_of_both_devices_are_backends_that_take_a_dense_weight() -> None:
-    assert DENSE_BACKENDS["cpu"] == ALWAYS
-    weight = Dense((32, 64), torch.zeros(32, 64))
-    assert set(able(weight, Work(1, torch.float32, torch.device("cpu")))) == set(ALWAYS)
-    assert set(able(weight, Work(1, torch.float16, torch.device("cuda")))) == set(DENSE_BACKENDS["cuda"])
-
-
 @pytest.mark.gpu
 def test_a_gpu_is_measured_by_graphs() -> None:
     (race,) = races([quantized(256, 256, 4, 128)], [1], torch.float16, torch.device("cuda"))
@@ -181,24 +164,3 @@ def test_a_gpu_is_measured_by_graphs() -> None:
     table = table_of(this_device("cuda"), run_race(race, sampling), sampling)
     assert {"cublas", "triton_quantized"} <= {row.backend for row in table.rows}
     assert table.protocol["clock"] == "CUDA graphs"
-
-
-def test_a_processor_needs_none_of_the_modules_for_gpus() -> None:
-    program = """
-import sys, torch
-from layerwise.kernels.backends import Work, able, find_backend
-from layerwise.kernels.dense import Dense
-able(Dense((8, 8), torch.zeros(8, 8)), Work(1, torch.float32, torch.device("cpu")))
-print(sorted(name for name in sys.modules if "triton_backends" in name or "cuda_backends" in name))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["[]"]
-
-
-def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(module: str) -> ModuleType:
-        raise ModuleNotFoundError("No module named 'triton'", name="triton")
-
-    monkeypatch.setattr("layerwise.kernels.backends.import_module", missing)
-    with pytest.raises(UsageError, match="backend triton_quantized needs Triton, which is not installed"):
-        find_backend("triton_quantized")
