@@ -16,12 +16,10 @@ from dataclasses import dataclass, replace
 from layerwise.errors import UsageError
 from layerwise.kernels.backends import BACKENDS, Matmul, Work, prepare
 from layerwise.kernels.device import Device, require_same
+from layerwise.kernels.labels import DENSE
 from layerwise.kernels.latency_fit import Affine, fit_rows, interpolate_rows
 from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.packed import Packed
-
-DENSE = "dense"
-"""The label of a weight that is not packed."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from layerwise.errors import UsageError
 from layerwise.kernels.backends import Backend, Matmul, Work, able, dense_backends, prepare
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.device import Device
-from layerwise.kernels.dispatch import DENSE
+from layerwise.kernels.labels import DENSE
 from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.packed import Packed, rebuild
 from layerwise.kernels.timing import Call, Sampling, Timing, copies_needed, time_cpu, time_cuda

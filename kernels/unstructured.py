@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.kernels.half_values import HALVES, half_values
+from layerwise.kernels import labels
+from layerwise.kernels.half_values import dtype_name, half_values
 from layerwise.kernels.packed import Packed
 
 RUN = 8
@@ -84,13 +85,13 @@ class Unstructured(Packed):
             offsets=offsets,
             firsts=firsts.to(torch.int16),
             starts=torch.cat([per_row.new_zeros(1), per_row.cumsum(0)]).to(torch.int32),
-            zeros_percent=round(100 * (1 - len(rows) / max(1, n * k))),
+            zeros_percent=labels.percent(n * k - len(rows), n * k),
         )
 
     @property
     def label(self) -> str:
         """`unstructured-fp16-50%`."""
-        return f"unstructured-{HALVES[self.values.dtype]}-{self.zeros_percent}%"
+        return labels.unstructured(self.zeros_percent, dtype_name(self.values.dtype))
 
     def dense(self) -> Tensor:
         """The weight with its zeros, in float32."""
