@@ -10,7 +10,7 @@ from __future__ import annotations
 DENSE = "dense"
 """The weight as it is."""
 
-VALUES = {"float16": "fp16", "bfloat16": "bf16"}
+VALUES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 """How labels call the dtypes of kept weights."""
 
 

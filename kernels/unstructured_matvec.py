@@ -37,7 +37,7 @@ in vectors, would go through shared memory to meet what is gathered: 27 instruct
 @triton.jit
 def unstructured_kernel(
     x: tl.tensor,  # (M, k)
-    values: tl.tensor,  # (runs * 8,)
+    values: tl.tensor,  # (runs * 8,) float16, bfloat16 or float32
     offsets: tl.tensor,  # (runs * 8,) uint8
     firsts: tl.tensor,  # (runs,) int16, read as unsigned
     starts: tl.tensor,  # (n + 1,) int32
@@ -92,7 +92,7 @@ def unstructured_matvec(x: Tensor, packed: Unstructured) -> Tensor:
 
     Args:
         x: (m, k), float16 or bfloat16, m at most 4. A copy is made if it is not contiguous.
-        packed: (n, k); its nonzeros may have the other of the two dtypes.
+        packed: (n, k); its weights may have another dtype, float32 among them.
     Returns:
         (m, n), dtype of x.
     Raises:

@@ -212,6 +212,21 @@ def test_compressed_rows_are_exact(share: float, m: int) -> None:
         assert not prepare("csr", packed, Work(m, torch.float32, CPU))(activations(m, 130)).any()
 
 
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kept", ["all", "none", "some, of the first and last row none"])
+def test_compressed_rows_take_whatever_a_mask_keeps(kept: str, dtype: torch.dtype, m: int) -> None:
+    mask = torch.full((37, 130), kept == "all")
+    if kept.startswith("some"):
+        mask[1:-1] = torch.rand(35, 130, generator=generator(1)) < 0.3
+    values = torch.randn(int(mask.sum()), generator=generator(2)).to(dtype)
+    values[::7] = 0.0
+    packed, x = Unstructured.from_mask(mask, values), activations(m, 130)
+    expected = x.double() @ packed.dense().double().T
+    y = prepare("csr", packed, Work(m, torch.float32, CPU))(x)
+    assert (y.double() - expected).norm() <= FLOAT32 * expected.norm()  # of nothing kept, exactly zero
+
+
 def test_compressed_rows_say_what_they_cannot_take() -> None:
     assert "does not say which of its weights are zero" in refusal("csr", dense(8, 8))
     assert "multiplied in float32" in refusal("csr", sparse(8, 8, 0.5), torch.bfloat16)

@@ -23,6 +23,7 @@ from layerwise.kernels.measure import (
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
 from layerwise.kernels.timing import Call, Sampling, Timing
+from layerwise.kernels.unstructured import Unstructured
 
 SMALL = Sampling(window_ms=0.1, samples=3, rotate_bytes=0, max_spread=1000)
 ALWAYS = ("linear", "matmul", "mkl", "onednn")
@@ -71,6 +72,14 @@ def test_one_race_has_every_product_of_a_shape() -> None:
     assert find(rows, "int4-g32-sym") == {"int4pack": (1.25, "measured")}
     assert find(rows, "int8-channel-sym") == {"int8_dynamic": (2.0, "measured")}
     assert find(rows, "int2-channel-sym") == {"mkl": (5.0, "no_kernel")}
+
+
+def test_a_mask_has_a_kernel_on_a_processor_only_for_float32() -> None:
+    masked = Unstructured.from_mask(torch.eye(32, 64).bool(), torch.ones(32))
+    for dtype, found in ((torch.float32, ("csr", "measured")), (torch.bfloat16, ("linear", "no_kernel"))):
+        (race,) = races([masked], [1], dtype, torch.device("cpu"))
+        rows = run_race(race, SMALL, ScriptedTimer(dict.fromkeys(ALWAYS, 5.0) | {"csr": 1.0}))
+        assert [(row.backend, row.status) for row in rows if row.label == masked.label] == [found]
 
 
 def test_sizes_are_those_of_what_is_read() -> None:
