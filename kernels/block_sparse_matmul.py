@@ -27,7 +27,7 @@ from layerwise.kernels.quantized_matmul import refuses as quantized_refuses
 from layerwise.kernels.split_k import finish, workspace
 
 MAX_M = 64
-"""Rows of activations."""
+"""Rows of activations. A guess (see above)."""
 
 
 @triton.jit

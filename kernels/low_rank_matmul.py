@@ -35,23 +35,29 @@ from layerwise.kernels.quantized import Quantized
 from layerwise.kernels.quantized_matmul import accumulate, capability
 from layerwise.kernels.split_k import add_slots, arrive_last, counters
 
+# No number below was timed: these kernels have not run on a GPU yet. Each says what it follows from, or that it is a
+# guess.
+
 MAX_FUSED_M = 16
-"""Rows of x up to which A is computed in the same launch: one tile of a tensor core."""
+"""Rows of x up to which A · x is computed in the same launch: one tile of a tensor core. That two launches win from the
+second tile on is a guess."""
 
 MAX_PROJECTIONS = 128
-"""Programs that compute t: fewer than an H100 has multiprocessors, so that all of them start at once."""
+"""Programs that compute t: fewer than an H100 has multiprocessors (132), so that all of them start at once. On an
+A100 (108) they do too, because several fit on each."""
 
 RANK_TILE = 16
-"""Rows of A that one of them takes, and columns of B that are added at a time."""
+"""Rows of A that one of them takes, and columns of B that are added at a time: the least that a tensor core takes."""
 
 STRETCH = 512
-"""Columns of A that one of them takes at least, if their number allows."""
+"""Columns of A that one of them takes at least, if their number allows. A guess: 16 KB of A, eight steps."""
 
 MAX_STRETCHES = 4
-"""Sums for each element of t, which every tile of y adds up anew."""
+"""Sums for each element of t at most. A guess: every tile of y adds them up anew, from the L2 cache."""
 
 PATIENCE = 1 << 16
-"""How often a program looks whether t is there, each time some hundred nanoseconds, before it computes t itself."""
+"""How often a program looks whether t is there before it computes t itself. A guess: it only has to be far longer than
+t takes. At some hundred nanoseconds for a look (a guess too, an atomic in the L2 cache) it is some ten milliseconds."""
 
 SIGNALS = 4
 """Counters before those of the tiles: two are used, four keep the rest aligned."""
