@@ -10,6 +10,7 @@ from layerwise.errors import UsageError
 from layerwise.kernels import cpu_backends
 from layerwise.kernels.backends import Work, find_backend, prepare
 from layerwise.kernels.dense import Dense
+from layerwise.kernels.device import processor
 from layerwise.kernels.low_rank import LowRank
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
@@ -139,10 +140,16 @@ def test_dynamic_int8_rounds_only_activations(shape: tuple[int, int], m: int) ->
     assert error("int8_dynamic", quantized(*shape, 8, -1), m) < INT8
 
 
-def test_dynamic_int8_is_exact_where_activations_lie_on_its_grid() -> None:
+@pytest.mark.parametrize(("features", "levels"), [(("avx512_vnni",), 256), (("avx2",), 128)])
+def test_dynamic_int8_is_exact_where_activations_lie_on_its_grid(
+    monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], levels: int
+) -> None:
+    if "avx512_vnni" in features and not any("vnni" in feature for feature in processor()[1]):
+        pytest.skip("without VNNI sums of 8 bits saturate")
+    monkeypatch.setattr(cpu_backends, "processor", lambda: ("some", features))
     packed = quantized(40, 32, 8, -1)
-    x = torch.randint(-100, 100, (3, 32), generator=generator(0)).float()
-    x[:, 0], x[:, 1] = -128, 127  # the range that sets the grid to whole numbers
+    x = torch.randint(-50, 50, (3, 32), generator=generator(0)).float()
+    x[:, 0], x[:, 1] = -levels / 2, levels / 2 - 1  # the range that sets the grid to whole numbers
     y = prepare("int8_dynamic", packed, Work(3, torch.float32, CPU))(x)
     expected = x.double() @ packed.dense().double().T
     assert (y.double() - expected).norm() / expected.norm() < 1e-6
