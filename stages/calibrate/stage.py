@@ -63,6 +63,13 @@ def fill(params: CalibrateParams, behind: Sequence[Params]) -> CalibrateParams:
     return params.model_copy(update={"statistics": in_order(needed)})
 
 
+def notes(params: CalibrateParams, model: ModelSource) -> Iterable[str]:
+    """What stays as it is, of a model that is looked at quickly."""
+    from layerwise.stages.models.selection import noted
+
+    return noted(model, params.targets, params.ignore)
+
+
 def calibrate(context: Context, params: CalibrateParams) -> None:
     """Write the statistics of every part of the network, and `statistics.json`.
 
@@ -180,4 +187,5 @@ STAGE = Stage(
     takes={"model": Port("model", optional=True)},
     data=("data",),
     fill=fill,
+    notes=notes,
 )

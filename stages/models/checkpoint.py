@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from layerwise.errors import UnsupportedModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -64,6 +65,14 @@ class Checkpoint:
     def tensor_bytes(self, name: str) -> int:
         """Bytes of one tensor."""
         return BYTES_OF_DTYPE.get(self.headers[name][1], 1) * self.elements(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor."""
+        from safetensors import safe_open
+
+        with safe_open(self.headers[name][0], framework="pt") as file:
+            dtype: torch.dtype = file.get_slice(name)[:0].dtype
+            return dtype
 
     def elements(self, name: str) -> int:
         """Values in one tensor."""
