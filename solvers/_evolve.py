@@ -315,7 +315,7 @@ class Evolve:
     def _floor(self) -> Choice:
         """What random fills go up from: the uniform level or, where no common level fits, a mixture that does."""
         try:
-            return self._problem.fold(uniform(self._problem).choice)
+            return self._plain.with_cheapest_absent(self._problem.fold(uniform(self._problem).choice))
         except InfeasibleBudget:
             return self._problem.fold(any_feasible(self._problem))
 

@@ -121,7 +121,7 @@ def given_start(problem: Problem, start: Solution | ArrayLike | None) -> Choice 
             if resource in plain.limits
         ]
         raise UsageError(f"the start has an unavailable level or is outside the budgets: {', '.join(over)}")
-    return np.where(plain.present(folded), folded, plain.lowest(plain.shares))  # the others come back at their cheapest
+    return plain.with_cheapest_absent(folded)
 
 
 def as_choice(levels: Sequence[int]) -> Choice:
