@@ -32,13 +32,13 @@ from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers._ilp import any_feasible
 from layerwise.solvers._incumbent import (
     FINALISTS,
-    MOST_TRIES,
     Incumbent,
     Measured,
     as_choice,
     best_of,
     digest,
     distinct,
+    fresh,
     given_start,
 )
 from layerwise.solvers._ledger import Clock, Ledger, check_identity, identity, stream, told
@@ -326,17 +326,12 @@ class Evolve:
     def _offspring(self) -> list[Choice]:
         """Mutants of the parent, none like it, like another, or like one that was measured on all of the data."""
         rng, parent = self._rng(_MUTATION), self._parent.choice
-        offspring: list[Choice] = []
-        known = {digest(self._plain, parent), *self._settled}
-        tries = 0
-        while len(offspring) < self._settings.offspring and tries < MOST_TRIES:
-            tries += 1
-            mutant = self._moves.mutated(parent, rng, self._settings.max_switches)
-            if mutant is not None and (name := digest(self._plain, mutant)) not in known:
-                known.add(name)
-                offspring.append(mutant)
-                tries = 0
-        return offspring
+        return fresh(
+            lambda: self._moves.mutated(parent, rng, self._settings.max_switches),
+            self._settings.offspring,
+            {digest(self._plain, parent), *self._settled},
+            lambda mutant: digest(self._plain, mutant),
+        )
 
     def _rng(self, purpose: int) -> np.random.Generator:
         return stream(self._settings.seed, self._generation, purpose)
