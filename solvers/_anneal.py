@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from layerwise.errors import UsageError
 from layerwise.solvers._incumbent import Measured, as_choice, best_of, fresh
-from layerwise.solvers._ledger import Clock
+from layerwise.solvers._ledger import Clock, Course
 from layerwise.solvers._rounds import FIRST_STREAM, Batched, Rounds
 from layerwise.solvers.problem import Choice, Problem, Solution
 from layerwise.solvers.stopping import Stop
@@ -77,11 +77,7 @@ class Anneal(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={
                 "search": "anneal",
                 "batch": batch,

@@ -41,7 +41,7 @@ from layerwise.solvers._incumbent import (
     fresh,
     given_start,
 )
-from layerwise.solvers._ledger import Clock, Ledger, check_identity, identity, stream, told
+from layerwise.solvers._ledger import Clock, Course, check_identity, identity, told
 from layerwise.solvers._moves import Moves
 from layerwise.solvers._uniform import uniform
 from layerwise.solvers.presets import find_preset
@@ -54,7 +54,6 @@ _MUTATION, _DRAW = 0, 1  # the two random streams of a generation
 
 @dataclass(frozen=True)
 class _Settings:
-    seed: int
     generations: int
     offspring: int
     survivors: tuple[int, ...]
@@ -62,15 +61,13 @@ class _Settings:
     max_switches: int
     initially_generated: int
     initial_tokens: int | None
-    total_tokens: int | None
-    stop: Stop
 
     def __post_init__(self) -> None:
         if not self.survivors or len(self.survivors) != len(self.tokens):
             raise UsageError(f"survivors {self.survivors} and tokens {self.tokens} must name the same rounds")
         if self.survivors[-1] != 1:
             raise UsageError(f"the last round must leave one survivor, found {self.survivors[-1]}")
-        least = {"seed": 0, "generations": 0, "offspring": 1, "max_switches": 1, "initially_generated": 1}
+        least = {"generations": 0, "offspring": 1, "max_switches": 1, "initially_generated": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UsageError(f"{name} must be at least {bound}, found {getattr(self, name)}")
@@ -145,9 +142,9 @@ class Evolve:
 
         given = given_start(problem, start)
         rounds = base.tokens if tokens is None else tuple(tokens)
-        self._ledger = ledger = Ledger(stop, total_tokens, clock)
+        self._course = Course(seed, total_tokens, stop, clock)
+        self._ledger = ledger = self._course.ledger()
         self._settings = _Settings(
-            seed=seed,
             generations=generations,
             offspring=base.offspring if offspring is None else offspring,
             survivors=base.survivors if survivors is None else tuple(survivors),
@@ -155,12 +152,12 @@ class Evolve:
             max_switches=base.max_switches if max_switches is None else max_switches,
             initially_generated=base.initially_generated if initially_generated is None else initially_generated,
             initial_tokens=ledger.amount((rounds or (None,))[0] if initial_tokens is None else initial_tokens),
-            total_tokens=total_tokens,
-            stop=stop,
         )
         self._problem, self._plain = problem, problem.plain()
         self._moves = Moves(self._plain)
-        self._identity = identity(self._plain, given, {"search": "evolve", **asdict(self._settings)})
+        shared = {"total_tokens": total_tokens, "stop": asdict(stop)}
+        everything = {"search": "evolve", "seed": seed, **asdict(self._settings), **shared}
+        self._identity = identity(self._plain, given, everything)
         self._phase: Literal["start", "select", "close", "done"] = "start"
         self._generation = self._round = 0
         self._parent = Incumbent(self._plain, self._floor() if given is None else given)
@@ -334,4 +331,4 @@ class Evolve:
         )
 
     def _rng(self, purpose: int) -> np.random.Generator:
-        return stream(self._settings.seed, self._generation, purpose)
+        return self._course.rng(self._generation, purpose)

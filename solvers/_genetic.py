@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from layerwise.errors import UsageError
 from layerwise.solvers._archive import Archive
 from layerwise.solvers._incumbent import Measured, as_choice, fresh
-from layerwise.solvers._ledger import Clock
+from layerwise.solvers._ledger import Clock, Course
 from layerwise.solvers._repair import repaired
 from layerwise.solvers._rounds import FIRST_STREAM, Batched, Rounds
 from layerwise.solvers.pareto import crowding_distance, non_dominated_ranks
@@ -76,11 +76,7 @@ class Genetic(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={"search": "genetic", "objectives": list(objectives), "population": population},
             batch=population,
             more_finalists=population,

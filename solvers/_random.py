@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from layerwise.solvers._incumbent import digest, fresh
-from layerwise.solvers._ledger import Clock
+from layerwise.solvers._ledger import Clock, Course
 from layerwise.solvers._rounds import FIRST_STREAM, Batched, Rounds
 from layerwise.solvers.problem import Problem, Solution
 from layerwise.solvers.stopping import Stop
@@ -51,11 +51,7 @@ class Random(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={"search": "random", "batch": batch},
             batch=batch,
         )
