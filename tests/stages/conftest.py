@@ -223,20 +223,30 @@ class Bench:
     data: Mapping[str, TextSource]
     runs: int = field(default=0, init=False)
 
-    def run(self, stage: str, params: Mapping[str, Any] | None = None, **inputs: Path | Sequence[Path]) -> Result:
+    def run(
+        self,
+        stage: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        again: bool = False,
+        **inputs: Path | Sequence[Path],
+    ) -> Result:
         """Run a stage.
 
         Args:
             stage: its name.
             params: its `with:`.
+            again: go on with the last run of this stage, which was interrupted.
             inputs: artifact folders by port.
         """
         found = find_stage(stage)
-        self.runs += 1
+        self.runs += not again
         place = self.folder / f"{self.runs:02}-{stage}"
         key = hashlib.sha256(place.name.encode()).hexdigest()
+        if again:
+            shutil.rmtree(place / "out")
         for name in ("out", "items"):
-            (place / name).mkdir(parents=True)
+            (place / name).mkdir(parents=True, exist_ok=again)
         store = Store.open(self.folder / "results", create=True)
         seqs: dict[str, int] = {}
         progress: list[tuple[int, int, str]] = []
