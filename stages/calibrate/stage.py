@@ -78,7 +78,7 @@ def calibrate(context: Context, params: CalibrateParams) -> None:
         UnsupportedModel: the model cannot be taken apart, or no unit is chosen.
     """
     from layerwise.stages.calibrate.statistics import INDEX, MODEL
-    from layerwise.stages.models.compressed import adopt
+    from layerwise.stages.models.compressed import adopt, model_of
     from layerwise.stages.models.survey import Survey
 
     names = ["hessian"] if params.statistics is None else params.statistics
@@ -86,7 +86,7 @@ def calibrate(context: Context, params: CalibrateParams) -> None:
     shards = range(params.shards)
     work = partial(
         _collect_shard,
-        model=context.model_of("model"),
+        model=model_of(context, "model"),
         params=params,
         statistics=names,
         tokens=tokens,

@@ -216,12 +216,13 @@ def _take_over(finished: Path, target: Path) -> None:
 
 def _choose(context: Context, params: CompressParams) -> _Chosen:
     from layerwise.stages.calibrate.statistics import MODEL, Statistics
+    from layerwise.stages.models.compressed import model_of
     from layerwise.stages.models.survey import Survey, survey_model
 
     folder = context.optional("statistics")
     statistics = None if folder is None else Statistics(folder)
     if statistics is None:
-        model, source = context.optional("model"), context.model_of("model")
+        model, source = context.optional("model"), model_of(context, "model")
         (document,) = context.executor.map(survey_model, [source], keys=["survey"])
         survey, selected = Survey.from_json(document), None
         counts: Mapping[str, int] = {}
