@@ -13,7 +13,6 @@ from layerwise.stages.contract import ModelSource, Row
 from layerwise.stages.models.network import Uncovered, Unit, select_units
 from layerwise.stages.models.survey import Survey
 
-
 QUICK_BYTES = 2 << 30
 """Weights that are loaded in order to say what a run will leave out, before it begins."""
 
