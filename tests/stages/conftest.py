@@ -199,6 +199,31 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextSource]:
     return sources
 
 
+@pytest.fixture(scope="session")
+def make_levels() -> Callable[..., list[Any]]:
+    """Levels of one weight, by a method of scope `unit`.
+
+    Takes the method, the weight (out, in), its statistics by name, `keep` of an earlier pruning, and the menu's keys.
+    """
+
+    def make(
+        method: str, weight: Any, statistics: Mapping[str, Any] | None = None, *, keep: Any = None, **menu: Any
+    ) -> list[Any]:
+        from layerwise.stages.compress import Task, find_compressor
+        from layerwise.stages.models.network import Unit, View
+
+        known = statistics or {}
+        unit = Unit("unit", "unit", "linear", 0, tuple(weight.shape), (0,), View("unit.weight"))
+        task = Task(
+            {"unit": weight}, lambda _, name: known[name], {"unit": unit}, {} if keep is None else {"unit": keep}
+        )
+        compressor = find_compressor(method)
+        (made,) = compressor.run(task, compressor.params.model_validate({"method": method, **menu})).values()
+        return made
+
+    return make
+
+
 @dataclass(frozen=True)
 class Result:
     """What a stage left behind.
