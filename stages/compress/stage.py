@@ -147,16 +147,17 @@ class _Chosen:
         A unit's parent is the innermost of those that get levels themselves.
         """
         found = [*self.parents, *(unit for unit, _ in self.units)]
-        given = {parent.name for parent in self.parents}
-        above = {parent.name: parent.parent for parent in self.survey.parents}
+        found.sort(key=lambda unit: (unit.positions[0], not unit.is_parent))
+        return [replace(unit, parent=self.innermost(unit)) for unit in found]
 
-        def linked(unit: Unit) -> Unit:
-            parent = unit.parent
-            while parent is not None and parent not in given:
-                parent = above[parent]
-            return replace(unit, parent=parent)
+    @property
+    def given(self) -> set[str]:
+        """Names of the parents."""
+        return {parent.name for parent in self.parents}
 
-        return [linked(unit) for unit in sorted(found, key=lambda unit: (unit.positions[0], not unit.is_parent))]
+    def innermost(self, unit: Unit) -> str | None:
+        """The innermost parent with levels that a unit is in."""
+        return self.survey.innermost(unit.parent, self.given)
 
     def item(self, unit: Unit) -> dict[str, Any]:
         """What a worker needs to know of a unit."""
@@ -192,9 +193,9 @@ def compress(context: Context, params: CompressParams) -> None:
     units = chosen.in_order
     items = [chosen.item(unit) for unit in units]
     answers = context.executor.map(work, items, keys=[unit.name for unit in units], note="units")
-    rest, own = _beside(chosen)
-    entries = [_with_own_costs(UnitEntry.from_json(answer), own) for answer in answers]
-    write_index(context.out, entries, rest)
+    beside = _beside(chosen)
+    entries = [_with_own_costs(UnitEntry.from_json(answer), beside) for answer in answers]
+    write_index(context.out, entries, beside[None], chosen.survey.halves(chosen.given))
     _take_over(context.items / "units", context.out / "units")
     if chosen.folder is not None:
         adopt(chosen.folder, context.out / MODEL)
@@ -270,8 +271,12 @@ def _parents(params: CompressParams, survey: Survey) -> list[Unit]:
     return found
 
 
-def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str | None, tuple[int, int]]]:
-    """What everything uses that gets no level: the rest of the model by resource, and by parent bytes and values."""
+Amounts = dict[str, float]
+"""By resource."""
+
+
+def _beside(chosen: _Chosen) -> dict[str | None, Amounts]:
+    """What everything uses that gets no level: by the innermost parent with levels that it is in, None for the rest."""
     from layerwise.stages.models.compressed import CompressedModel
 
     wanted = {unit.name for unit, _ in chosen.units}
@@ -280,27 +285,27 @@ def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str | None, tuple[i
     if chosen.source.compressed is not None:
         model = CompressedModel(chosen.source.compressed)
         carried = {name: model.level(name) for name in model.levels if name in others}
-    own = chosen.survey.left([*(unit for unit, _ in chosen.units), *(others[name] for name in carried)], chosen.parents)
-    size_bytes, parameters = own[None]
-    rest = {
-        "bytes": size_bytes + sum(level.size_bytes for level in carried.values()),
-        "parameters": parameters + sum(level.parameters for level in carried.values()),
-        "flops": sum(
-            2 * unit.share * (carried[name].parameters if name in carried else unit.n_weights)
-            for name, unit in others.items()
-            if unit.role != "embedding"
-        ),
+    known = [*(unit for unit, _ in chosen.units), *(others[name] for name in carried)]
+    beside: dict[str | None, Amounts] = {
+        parent: {"bytes": size_bytes, "parameters": parameters, "flops": 0.0}
+        for parent, (size_bytes, parameters) in chosen.survey.left(known, chosen.parents).items()
     }
-    return rest, own
+    for name, unit in others.items():
+        own, level = beside[chosen.innermost(unit)], carried.get(name)
+        if level is not None:
+            own["bytes"] += level.size_bytes
+            own["parameters"] += level.parameters
+        if unit.role != "embedding":
+            own["flops"] += 2 * unit.share * (unit.n_weights if level is None else level.parameters)
+    return beside
 
 
-def _with_own_costs(entry: UnitEntry, own: Mapping[str | None, tuple[int, int]]) -> UnitEntry:
-    """A parent pays for what is in it and no unit: its norms and biases, unless it is dropped."""
+def _with_own_costs(entry: UnitEntry, beside: Mapping[str | None, Amounts]) -> UnitEntry:
+    """A parent pays for what is in it and has no level: its norms and biases, unless it is dropped."""
     if not entry.is_parent:
         return entry
-    size_bytes, parameters = own[entry.name]
     levels = tuple(
-        replace(level, costs={**level.costs, "bytes": size_bytes, "parameters": parameters})
+        replace(level, costs={**level.costs, **beside[entry.name]})
         if level.recipe is not None and level.costs is not None and level.recipe["encoding"] == "keep"
         else level
         for level in entry.levels
