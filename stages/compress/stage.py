@@ -7,7 +7,7 @@ A unit that too few calibration tokens reached (an expert) gets them from the me
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -333,7 +333,8 @@ def _compress_unit(
     unit = Unit.from_json(item["unit"])
     stored = None if item["stored"] is None else Stored.from_json(item["stored"])
     maker = _Maker(unit, stored, source, statistics, item["tokens"], params.least_tokens)
-    entries = [maker.unchanged(offered=unit.is_parent or params.offers_unchanged)]
+    taken = {name for entry in params.menu for name in entry.level_names()}
+    entries = [maker.unchanged(taken, offered=unit.is_parent or params.offers_unchanged)]
     for number, entry in enumerate(params.menu):
         if unit.role in entry.parents() if unit.is_parent else not entry.parents():
             entries += maker.from_block(entry, blocks, number) if entry.scope == "block" else maker.make(entry)
@@ -384,9 +385,24 @@ class _Maker:
         known = self.unit.name in self._statistics.selected and (self.tokens != 0)
         return self._statistics.tensor(self.unit, "hessian") if known else None
 
-    def unchanged(self, *, offered: bool) -> LevelEntry:
-        """The entry of what the model has already."""
-        (entry,) = self._described([self._before])
+    def unchanged(self, taken: Collection[str], *, offered: bool) -> LevelEntry:
+        """The entry of what the model has already; what was made before by the same method gets a name of its own.
+
+        Args:
+            taken: names of the levels that are made now.
+            offered: whether a search may choose it.
+        """
+        from layerwise.stages.levels.database import LevelEntry
+
+        while self._before.name in taken:
+            self._before = replace(self._before, name=f"{self._before.name} (before)")
+        try:
+            (entry,) = self._described([self._before])
+        except NotFinite as error:
+            before = self._before
+            return LevelEntry(
+                before.name, dict(before.recipe), before.costs, status="nan", error=error.message, offered=False
+            )
         return replace(entry, offered=offered)
 
     def make(self, entry: MenuEntry) -> list[LevelEntry]:

@@ -316,7 +316,8 @@ class Database:
 
         if entry.stored is None:
             return parent_level("keep")
-        return Weights(self.index.model(self.workflow)).level(entry.name, entry.stored)
+        level = Weights(self.index.model(self.workflow)).level(entry.name, entry.stored)
+        return replace(level, name=entry.levels[UNCHANGED].name)
 
     def _file(self, unit: str) -> tuple[Any, dict[str, Any]]:
         if unit not in self._open:
