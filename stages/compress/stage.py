@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -148,16 +148,17 @@ class _Chosen:
         A unit's parent is the innermost of those that get levels themselves.
         """
         found = [*self.parents, *(unit for unit, _ in self.units)]
-        given = {parent.name for parent in self.parents}
-        above = {parent.name: parent.parent for parent in self.survey.parents}
+        found.sort(key=lambda unit: (unit.positions[0], not unit.is_parent))
+        return [replace(unit, parent=self.innermost(unit)) for unit in found]
 
-        def linked(unit: Unit) -> Unit:
-            parent = unit.parent
-            while parent is not None and parent not in given:
-                parent = above[parent]
-            return replace(unit, parent=parent)
+    @property
+    def given(self) -> set[str]:
+        """Names of the parents."""
+        return {parent.name for parent in self.parents}
 
-        return [linked(unit) for unit in sorted(found, key=lambda unit: (unit.positions[0], not unit.is_parent))]
+    def innermost(self, unit: Unit) -> str | None:
+        """The innermost parent with levels that a unit is in."""
+        return self.survey.innermost(unit.parent, self.given)
 
     def item(self, unit: Unit) -> dict[str, Any]:
         """What a worker needs to know of a unit."""
@@ -193,9 +194,9 @@ def compress(context: Context, params: CompressParams) -> None:
     units = chosen.in_order
     items = [chosen.item(unit) for unit in units]
     answers = context.executor.map(work, items, keys=[unit.name for unit in units], note="units")
-    rest, own = _beside(chosen)
-    entries = [_with_own_costs(UnitEntry.from_json(answer), own) for answer in answers]
-    write_index(context.out, entries, rest)
+    beside = _beside(chosen)
+    entries = [_with_own_costs(UnitEntry.from_json(answer), beside) for answer in answers]
+    write_index(context.out, entries, beside[None], chosen.survey.halves(chosen.given))
     _take_over(context.items / "units", context.out / "units")
     if chosen.folder is not None:
         adopt(chosen.folder, context.out / MODEL)
@@ -272,8 +273,12 @@ def _parents(params: CompressParams, survey: Survey) -> list[Unit]:
     return found
 
 
-def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """What everything uses that gets no level, by resource: the rest of the model, and by parent what is in it."""
+Amounts = dict[str, float]
+"""By resource."""
+
+
+def _beside(chosen: _Chosen) -> dict[str | None, Amounts]:
+    """What everything uses that gets no level: by the innermost parent with levels that it is in, None for the rest."""
     from layerwise.stages.models.compressed import CompressedModel
 
     wanted = {unit.name for unit, _ in chosen.units}
@@ -282,46 +287,38 @@ def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str, dict[str, floa
     if chosen.source.compressed is not None:
         model = CompressedModel(chosen.source.compressed)
         carried = {name: model.level(name) for name in model.levels if name in others}
-    taken = [*(unit for unit, _ in chosen.units), *(others[name] for name in carried)]
-    left = chosen.survey.left(taken, chosen.parents)
-    own = _own_costs(chosen, left)
-    size_bytes, parameters = left[None]
-    rest = {
-        "bytes": size_bytes + sum(level.size_bytes for level in carried.values()),
-        "parameters": parameters + sum(level.parameters for level in carried.values()),
-        "flops": sum(
-            2 * unit.share * (carried[name].parameters if name in carried else unit.n_weights)
-            for name, unit in others.items()
-            if unit.role != "embedding"
-        ),
-        "depth": sum(parent.role == "block" for parent in chosen.survey.parents)
-        - sum(costs["depth"] for costs in own.values()),
+    known = [*(unit for unit, _ in chosen.units), *(others[name] for name in carried)]
+    beside: dict[str | None, Amounts] = {
+        parent: {"bytes": size_bytes, "parameters": parameters, "flops": 0.0}
+        for parent, (size_bytes, parameters) in chosen.survey.left(known, chosen.parents).items()
     }
-    return rest, own
+    for name, unit in others.items():
+        own, level = beside[chosen.innermost(unit)], carried.get(name)
+        if level is not None:
+            own["bytes"] += level.size_bytes
+            own["parameters"] += level.parameters
+        if unit.role != "embedding":
+            own["flops"] += 2 * unit.share * (unit.n_weights if level is None else level.parameters)
+    # A block that can be dropped is one of the blocks that are run; where its halves can be, too, each is half of it.
+    halves = Counter(parent.parent for parent in chosen.parents if parent.role != "block")
+    for parent in chosen.parents:
+        beside[parent.name]["depth"] = 1 - halves[parent.name] / 2 if parent.role == "block" else 0.5
+    n_blocks = sum(parent.role == "block" for parent in chosen.survey.parents)
+    beside[None]["depth"] = n_blocks - sum(beside[parent.name]["depth"] for parent in chosen.parents)
+    return beside
 
 
-def _with_own_costs(entry: UnitEntry, own: Mapping[str, Mapping[str, float]]) -> UnitEntry:
-    """A parent pays for what is in it and no unit (its norms and biases) and for its depth, unless it is dropped."""
+def _with_own_costs(entry: UnitEntry, beside: Mapping[str | None, Amounts]) -> UnitEntry:
+    """A parent pays for what is in it and has no level: its norms and biases, unless it is dropped."""
     if not entry.is_parent:
         return entry
     levels = tuple(
-        replace(level, costs={**level.costs, **own[entry.name]})
+        replace(level, costs={**level.costs, **beside[entry.name]})
         if level.recipe is not None and level.costs is not None and level.recipe["encoding"] == "keep"
         else level
         for level in entry.levels
     )
     return replace(entry, levels=levels)
-
-
-def _own_costs(chosen: _Chosen, left: Mapping[str | None, tuple[int, int]]) -> dict[str, dict[str, float]]:
-    """Of each parent what it costs beside its units: bytes, parameters, and blocks that are run."""
-    halves = Counter(parent.parent for parent in chosen.parents if parent.role != "block")
-    own = {}
-    for parent in chosen.parents:
-        size_bytes, parameters = left[parent.name]
-        depth = 1 - halves[parent.name] / 2 if parent.role == "block" else 0.5
-        own[parent.name] = {"bytes": size_bytes, "parameters": parameters, "depth": depth}
-    return own
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
@@ -344,7 +341,8 @@ def _compress_unit(
     unit = Unit.from_json(item["unit"])
     stored = None if item["stored"] is None else Stored.from_json(item["stored"])
     maker = _Maker(unit, stored, source, statistics, item["tokens"], params.least_tokens)
-    entries = [maker.unchanged(offered=unit.is_parent or params.offers_unchanged)]
+    taken = {name for entry in params.menu for name in entry.level_names()}
+    entries = [maker.unchanged(taken, offered=unit.is_parent or params.offers_unchanged)]
     for number, entry in enumerate(params.menu):
         if unit.role in entry.parents() if unit.is_parent else not entry.parents():
             entries += maker.from_block(entry, blocks, number) if entry.scope == "block" else maker.make(entry)
@@ -395,9 +393,24 @@ class _Maker:
         known = self.unit.name in self._statistics.selected and (self.tokens != 0)
         return self._statistics.tensor(self.unit, "hessian") if known else None
 
-    def unchanged(self, *, offered: bool) -> LevelEntry:
-        """The entry of what the model has already."""
-        (entry,) = self._described([self._before])
+    def unchanged(self, taken: Collection[str], *, offered: bool) -> LevelEntry:
+        """The entry of what the model has already; what was made before by the same method gets a name of its own.
+
+        Args:
+            taken: names of the levels that are made now.
+            offered: whether a search may choose it.
+        """
+        from layerwise.stages.levels.database import LevelEntry
+
+        while self._before.name in taken:
+            self._before = replace(self._before, name=f"{self._before.name} (before)")
+        try:
+            (entry,) = self._described([self._before])
+        except NotFinite as error:
+            before = self._before
+            return LevelEntry(
+                before.name, dict(before.recipe), before.costs, status="nan", error=error.message, offered=False
+            )
         return replace(entry, offered=offered)
 
     def make(self, entry: MenuEntry) -> list[LevelEntry]:

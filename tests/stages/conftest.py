@@ -316,6 +316,12 @@ def new_bench(tmp_path: Path, texts: dict[str, TextSource]) -> Callable[..., Ben
     return new
 
 
+@pytest.fixture(scope="session")
+def make_bench(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, TextSource]) -> Callable[[Path], Bench]:
+    """The same for several tests: a bench for a model folder that outlives the test that made it."""
+    return lambda model: Bench(tmp_path_factory.mktemp(f"bench-{model.name}"), ModelSource(model), texts)
+
+
 MENU = [
     {"method": "gptq", "bits": [2, 4], "group_size": 16},
     {"method": "rtn", "bits": 3, "group_size": 32, "sym": False},
@@ -353,3 +359,123 @@ def chain(
         return made[family]
 
     return get
+
+
+_LAST = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "fc_out", "dense", "dense_4h_to_h")
+"""The last weight of every half-block, as families call it: with it and its bias at zero the half adds nothing."""
+
+
+@pytest.fixture(scope="session")
+def rebuilt() -> Callable[..., Any]:
+    """Another model made of a Hugging Face model by hand: an oracle that knows no views and no levels.
+
+    Takes the model, (out, in) weights by unit, and the half-blocks and blocks to be left out. A weight's place is told
+    by the unit's name alone; a part is left out by putting zeros where it adds to the hidden state.
+    """
+    import copy
+
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    def rebuild(model: Any, weights: Mapping[str, Any], dropped: Sequence[str] = ()) -> Any:
+        changed = copy.deepcopy(model)
+        modules = dict(changed.named_modules())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                if name in modules:
+                    module = modules[name]
+                    module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight.reshape(module.weight.shape))
+                else:
+                    path, number, parameter = name.rsplit(".", 2)
+                    getattr(modules[path], parameter)[int(number)].copy_(weight)
+            for name in dropped:
+                inside = (
+                    f"{name}." if name in modules else f"{name.rpartition('.')[0]}.fc2."
+                )  # OPT has no module for it
+                ends = [
+                    parameter
+                    for path, parameter in changed.named_parameters()
+                    if path.startswith(inside) and set(path.split(".")) & set(_LAST)
+                ]
+                assert ends, f"{name}: nothing known to be its last weight"
+                for parameter in ends:
+                    parameter.zero_()
+        return changed
+
+    return rebuild
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """An allocation that was made by hand, and what it takes to apply it.
+
+    Args:
+        levels: what `compress` left.
+        inputs: artifact folders by port, as `apply` and `evaluate` want them.
+        shapes: (out, in) by unit.
+        gone: what the names of everything that is dropped begin with.
+    """
+
+    bench: Bench
+    levels: Result
+    allocation: Any
+    inputs: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, int]]
+    gone: tuple[str, ...]
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint belongs to a part that is dropped."""
+        return name.startswith(self.gone)
+
+
+@pytest.fixture(scope="session")
+def in_turn(model_folder: Callable[[str], Path], make_bench: Callable[[Path], Bench]) -> Callable[..., InTurn]:
+    """A family's weights, embedding and head included, at dense, 3 bits and half pruned in turn.
+
+    With `dropped`, the last block is left out, and of the one before its attention where it has halves. `folder` is
+    another checkpoint of the family. Each is made once.
+    """
+    made: dict[tuple[str, bool, Path], InTurn] = {}
+
+    def get(family: str, *, dropped: bool = False, folder: Path | None = None) -> InTurn:
+        key = family, dropped, folder or model_folder(family)
+        if key not in made:
+            made[key] = _in_turn(make_bench(key[2]), dropped, whole="bloom" in family)
+        return made[key]
+
+    return get
+
+
+def _in_turn(bench: Bench, dropped: bool, *, whole: bool) -> InTurn:
+    from layerwise.stages.allocate.allocation import make_allocation, save_allocations
+    from layerwise.stages.allocate.costs import CostTable
+    from layerwise.stages.levels.database import DatabaseIndex
+
+    menu = [
+        {"method": "rtn", "bits": 3, "group_size": 16, "sym": False},
+        {"method": "magnitude", "sparsity": 0.5},
+        {"method": "drop", "units": ["block"] if whole else ["attention", "block"]},
+        {"method": "dense"},
+    ]
+    levels = bench.run("compress", {"menu": menu, "targets": ["blocks", "head", "embedding"]})
+    table = CostTable(DatabaseIndex(levels.out))
+    units = [entry.unit for entry in table.units]
+    blocks = [unit for unit in units if unit.role == "block"]
+    gone = [blocks[-1], *(unit for unit in units if unit.role == "attention" and unit.parent == blocks[-2].name)]
+    numbers = [
+        int(dropped and unit in gone) if unit.is_parent else (1 + number) % 3 for number, unit in enumerate(units)
+    ]
+    head = next(number for number, unit in enumerate(units) if unit.role == "head")
+    numbers[head] = 1
+    allocation = make_allocation(table, numbers, solver="hand", budget={"bits": 32.0})
+    folder = bench.folder / f"allocations-{dropped}"
+    folder.mkdir()
+    save_allocations(folder, [allocation])
+    return InTurn(
+        bench,
+        levels,
+        allocation,
+        {"allocations": folder, "database": levels.out},
+        {unit.name: unit.shape for unit in units},
+        tuple(f"{unit.name}." for unit in gone) if dropped else ("nothing is dropped",),
+    )
