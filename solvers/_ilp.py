@@ -91,8 +91,7 @@ def any_feasible(problem: Problem) -> Choice:
     plain = problem.plain()
     choice = plain.lowest(plain.shares)
     if not plain.feasible(choice):
-        found = ilp(plain.variant(losses=plain.shares, interactions={})).choice
-        choice = np.where(plain.present(found), found, choice)
+        choice = plain.with_cheapest_absent(ilp(plain.variant(losses=plain.shares, interactions={})).choice)
     return problem.expand(choice)
 
 

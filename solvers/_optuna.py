@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike
 from layerwise.errors import UsageError
 from layerwise.solvers._archive import Archive
 from layerwise.solvers._incumbent import MOST_TRIES, as_choice
-from layerwise.solvers._ledger import Clock
+from layerwise.solvers._ledger import Clock, Course
 from layerwise.solvers._repair import repaired
 from layerwise.solvers._rounds import FIRST_STREAM, Batched, Rounds
 from layerwise.solvers.problem import LOSS, Choice, Problem, Solution
@@ -250,11 +250,7 @@ class TPE(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={"search": "tpe", "batch": batch, "random_trials": random_trials},
             batch=batch,
         )
@@ -322,11 +318,7 @@ class NSGA2(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={"search": "nsga2", "objectives": list(objectives), "population": population},
             batch=population,
             more_finalists=population,
