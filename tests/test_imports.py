@@ -43,7 +43,7 @@ def test_the_front_door_does_nothing_but_say_its_version() -> None:
     assert not loaded_by("import layerwise") & {"pydantic", "typer", "rich", "numpy", "yaml", *HEAVY}
 
 
-@pytest.mark.parametrize("name", ["pipeline", "stages", "solvers", "kernels", "results", "workflows"])
+@pytest.mark.parametrize("name", ["pipeline", "stages", "solvers", "kernels", "results", "testing", "workflows"])
 def test_every_folder_is_reached_through_the_package_and_stands_at_the_top(name: str) -> None:
     assert (ROOT / "layerwise" / name).is_symlink()
     assert (ROOT / "layerwise" / name).resolve() == ROOT / name
@@ -54,7 +54,7 @@ def test_kernels_is_no_package_because_its_name_is_taken_by_another_project() ->
 
 
 def test_no_module_is_imported_by_its_bare_name() -> None:
-    folders = ("pipeline", "stages", "solvers", "kernels", "results")
+    folders = ("pipeline", "stages", "solvers", "kernels", "results", "testing")
     starts = tuple(
         f"{word} {folder}{end}" for word in ("from", "import") for folder in folders for end in (".", " ", "\n")
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("pipeline", "stages", "solvers", "kernels", "results", "workflows")
+FOLDERS = ("pipeline", "stages", "solvers", "kernels", "results", "testing", "workflows")
 
 
 @pytest.fixture(scope="module")

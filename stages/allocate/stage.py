@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
@@ -25,12 +25,13 @@ from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Problem, Solution, Sto
 from layerwise.stages.allocate.allocation import Allocation, make_allocation, save_allocations
 from layerwise.stages.allocate.candidates import CandidateSearch
 from layerwise.stages.allocate.costs import Amount, CostTable, budget_text, load_times
+from layerwise.stages.allocate.methods import find_search, find_solver, is_search, search_names, solver_names
 from layerwise.stages.contract import Context, Params, Port, Stage
 from layerwise.stages.data.text import tokenized
 from layerwise.stages.evaluate.scoring import Request, evaluator_factory, perplexity, score
 from layerwise.stages.levels.database import DatabaseIndex
 from layerwise.stages.quantities import Count
-from layerwise.stages.registry import lookup, names, nearest
+from layerwise.stages.registry import nearest
 
 
 def _known_resource(name: str) -> str:
@@ -65,8 +66,6 @@ def _check_list(amounts: list[Amount]) -> list[Amount]:
 Number = Annotated[float, AfterValidator(_check_amount)]
 Share = Annotated[str, AfterValidator(_check_amount), WithJsonSchema({"type": "string", "pattern": _SHARE})]
 """`40%`, see `layerwise.stages.allocate.allocation.Amount`."""
-SOLVER_GROUP = "layerwise.solvers"
-"""Entry points through which other packages offer separable solvers."""
 SETTINGS = {
     "preset": "preset",
     "generations": "generations",
@@ -85,7 +84,7 @@ STOP_RULES = {"evaluations": "evaluations", "patience": "patience", "max_tokens"
 class AllocateParams(Params):
     """The solver, the budgets, and for a search how it searches."""
 
-    solver: str = Field("evolve", description=f"{', '.join(SOLVERS)}; searches: {', '.join(SEARCHES)}")
+    solver: str = Field("evolve", description=f"{', '.join(solver_names())}; searches: {', '.join(search_names())}")
     budgets: dict[Resource, Number | Share | Annotated[list[Number | Share], AfterValidator(_check_list)]] = Field(
         min_length=1,
         description="upper limits; lists give one allocation for each combination; 40% is a share of the way from the "
@@ -119,7 +118,7 @@ class AllocateParams(Params):
     @field_validator("solver")
     @classmethod
     def _known_solver(cls, value: str) -> str:
-        known = [*names(SOLVERS, SOLVER_GROUP), *SEARCHES]
+        known = [*solver_names(), *search_names()]
         if value not in known:
             raise ValueError(f"'{value}' is no solver ({nearest(value, known)})")
         return value
@@ -133,15 +132,21 @@ class AllocateParams(Params):
 
     def material(self) -> dict[str, Any]:
         """Without what the solver does not read: another seed does not change an ILP."""
-        if self.solver not in SEARCHES:
+        if not is_search(self.solver):
             return self.model_dump(mode="json", exclude={"seed", "start", "fitness", *SETTINGS, *STOP_RULES})
         material = self.model_dump(mode="json", exclude=set(SETTINGS) - set(read_by(self.solver)))
         return material | ({"preset": asdict(PRESETS[self.preset])} if material.get("preset") and self.preset else {})
 
+    def sources(self) -> Iterable[str]:
+        """The module of a solver or search of another package; of ours, `impl` is raised."""
+        if self.solver in SOLVERS or self.solver in SEARCHES:
+            return ()
+        return [(find_search if is_search(self.solver) else find_solver)(self.solver).__module__]
+
     @property
     def needs_losses(self) -> bool:
         """True if it cannot do without a profile."""
-        return self.start == "ilp" if self.solver in SEARCHES else self.solver != "uniform"
+        return self.start == "ilp" if is_search(self.solver) else self.solver != "uniform"
 
     @property
     def combinations(self) -> list[dict[str, Amount]]:
@@ -152,7 +157,7 @@ class AllocateParams(Params):
 
 def read_by(search: str) -> dict[str, str]:
     """Those of SETTINGS that the search of that name has an argument for."""
-    arguments = inspect.signature(SEARCHES[search]).parameters
+    arguments = inspect.signature(find_search(search)).parameters
     return {name: argument for name, argument in SETTINGS.items() if argument in arguments}
 
 
@@ -179,7 +184,7 @@ def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mi
 
 
 def _or_another_start(params: AllocateParams) -> str:
-    return ", or say start: uniform" if params.solver in SEARCHES else ""
+    return ", or say start: uniform" if is_search(params.solver) else ""
 
 
 def _out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mistakes:
@@ -250,7 +255,7 @@ def _profiled_losses(
     if not context.inputs["profile"]:
         if needed:
             raise UsageError(
-                f"solver {params.solver}{' with start: ilp' if params.solver in SEARCHES else ''} needs a profile",
+                f"solver {params.solver}{' with start: ilp' if is_search(params.solver) else ''} needs a profile",
                 hint="add a `profile` stage to `needs`, or use start: uniform",
             )
         return None, 0
@@ -276,8 +281,8 @@ def _solve(
     """The allocation of one budget, and what finding it took, as columns of `allocations`."""
     started = time.perf_counter()
     effort: dict[str, Any] = {"evaluations": 0, "tokens": 0}
-    if params.solver in SEARCHES:
-        make, start = SEARCHES[params.solver], _start(params, problem)
+    if is_search(params.solver):
+        make, start = find_search(params.solver), _start(params, problem)
         search = make(problem, start, params.seed, total_tokens=total_tokens, **_settings(params))
         tokens = searches.run(search, budget)
         solution = search.best
@@ -285,12 +290,6 @@ def _solve(
     else:
         solution = find_solver(params.solver)(problem)
     return solution, effort | {"seconds": time.perf_counter() - started}
-
-
-def find_solver(name: str) -> Callable[[Problem], Solution]:
-    """The separable solver of that name, ours or another package's."""
-    solver: Callable[[Problem], Solution] = lookup(name, SOLVERS, group=SOLVER_GROUP, kind="solver")
-    return solver
 
 
 def _start(params: AllocateParams, problem: Problem) -> Solution | None:
