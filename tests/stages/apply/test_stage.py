@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from layerwise.stages.apply.model import AppliedModel, AppliedModels
 from safetensors.torch import load_file
 
 from layerwise.errors import UsageError
 from layerwise.stages.allocate.allocation import load_allocations
-from layerwise.stages.apply.model import AppliedModel, AppliedModels
 from layerwise.stages.levels.database import Database
 
 IDS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(9))
