@@ -45,9 +45,8 @@ def export(context: Context, params: ExportParams) -> None:
         )
     source = source_of(model, context.model)
     checkpoint = Checkpoint(source.path)
-    for file in sorted(source.path.iterdir()):
-        if file.is_file() and file not in checkpoint.files and file.suffix in (".json", ".txt", ".model", ".jinja"):
-            shutil.copyfile(file, context.out / file.name)
+    for file in checkpoint.beside:
+        shutil.copyfile(file, context.out / file.name)
     write = partial(_write_file, source=source, out=context.out)
     context.executor.map(write, [file.name for file in checkpoint.files], note="weight files")
     (context.out / "layerwise.json").write_text(json.dumps(dict(document.about), indent=1) + "\n", encoding="utf-8")

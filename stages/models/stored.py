@@ -112,7 +112,7 @@ class Locator:
         assert view is not None, "a parent has no weight"
         parameter = self.network.parameter(view.tensor)
         names = [name for name, same in self.network.parameters.items() if same is parameter]
-        found = [stored for name in names if (stored := self._named(name, tuple(parameter.shape)))]
+        found = [stored for name in names if (stored := self.named(name))]
         if found:
             copies = dict.fromkeys(found)
             return Stored((View(found[0], view.index, view.rows, view.transposed),), tuple(list(copies)[1:]))
@@ -130,11 +130,12 @@ class Locator:
     def names_inside(self, module: str, parameters: Iterable[str]) -> list[str]:
         """Stored names of those of some parameters that stand inside a module."""
         inside = [name for name in parameters if name.startswith(f"{module}.")]
-        shapes = {name: tuple(self.network.parameter(name).shape) for name in inside}
-        return [stored for name in inside if (stored := self._named(name, shapes[name]))]
+        return [stored for name in inside if (stored := self.named(name))]
 
-    def _named(self, name: str, shape: tuple[int, ...]) -> str | None:
-        return self.checkpoint.find(name, shape, self._prefix)
+    def named(self, name: str) -> str | None:
+        """The stored tensor that has the name and the shape of a parameter, of one dimension or more; None if there is
+        none."""
+        return self.checkpoint.find(name, tuple(self.network.parameter(name).shape), self._prefix)
 
     def _renamed(self, name: str) -> str | None:
         """The stored tensor that holds the whole of a parameter under another name."""
@@ -178,11 +179,7 @@ class Locator:
     def _first_rows(self) -> Mapping[bytes, Sequence[str]]:
         """Stored matrices that no parameter has the name of, by their first row. Equal ones would be written to
         alike."""
-        direct = {
-            stored
-            for name, parameter in self.network.parameters.items()
-            if (stored := self._named(name, tuple(parameter.shape)))
-        }
+        direct = {stored for name in self.network.parameters if (stored := self.named(name))}
         dtype = next(iter(self.network.parameters.values())).dtype
         found: dict[bytes, list[str]] = {}
         for name, (_, _, shape) in self.checkpoint.headers.items():
