@@ -30,9 +30,6 @@ FORMAT_GROUP = "layerwise.formats"
 
 Write = Callable[[ModelSource, Path], None]
 
-COPIED = (".json", ".txt", ".model", ".jinja")
-"""Endings of the files beside the weights that belong to a model: configuration, tokenizer."""
-
 
 def format_names() -> list[str]:
     """Every format that a workflow may name."""
@@ -51,6 +48,6 @@ def find_format(name: str) -> Write:
 
 def copy_beside(checkpoint: Checkpoint, out: Path) -> None:
     """Configuration and tokenizer of a model, and no index of its weight files."""
-    for file in sorted(checkpoint.folder.iterdir()):
-        if file.suffix in COPIED and file.is_file() and not file.name.endswith(".safetensors.index.json"):
+    for file in checkpoint.beside:
+        if not file.name.endswith(".safetensors.index.json"):
             shutil.copyfile(file, out / file.name)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
-from layerwise.stages.models.network import Uncovered, Unit
+from layerwise.stages.models.network import BEGIN, Uncovered, Unit
 from layerwise.stages.models.units import Answer, patched, units_of_block, units_outside
 
 TRIAL = (2, 6)
@@ -139,7 +139,6 @@ class CausalLM:
         batch, length = TRIAL
         ids = (torch.arange(batch * length).reshape(batch, length) * 7 + 3) % max(1, vocabulary)
         whole = self.logits(ids)
-        outside = units_outside(self.model, self.n_blocks)
         units, parents, uncovered = [], [], []
         stream = self.begin(ids)
         hidden = stream.hidden
@@ -153,10 +152,15 @@ class CausalLM:
                 self.one_piece[index] = found.one_piece
             hidden = found.output
         self._check(self.end(hidden, stream), whole)
-        first = [unit for unit in outside if unit.positions[0] < 0]
-        self.units = (*first, *units, *(unit for unit in outside if unit not in first))
+        self.units = self._with_outside(units)
         self.parents = tuple(parents)
         self.uncovered = (*uncovered, *self._uncovered_outside())
+
+    def _with_outside(self, units: Sequence[Unit]) -> tuple[Unit, ...]:
+        """The units of the blocks with those that stand outside, in the order of first use."""
+        outside = units_outside(self.model, self.n_blocks)
+        first = [unit for unit in outside if unit.positions[0] < 0]
+        return (*first, *units, *(unit for unit in outside if unit not in first))
 
     def _check(self, parts: Tensor, whole: Tensor) -> None:
         if parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-4, equal_nan=True):
@@ -277,6 +281,20 @@ class CausalLM:
             gone |= {parent.name} if parent.parent in gone else set()
         self.parents = tuple(parent for parent in self.parents if parent.name not in gone)
         self.units = tuple(unit for unit in self.units if unit.parent not in gone)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head and the embedding share their weight."""
+        return any(unit.role == "head" and BEGIN in unit.positions for unit in self.units)
+
+    def untie(self) -> None:
+        """Give the head a weight of its own for good, a copy of the embedding's; they are two units from here on."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        config: Any = self.model.config
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        del self.parameters  # they are one more now
+        self.units = self._with_outside([unit for unit in self.units if unit.block is not None])
 
     @torch.no_grad()
     def overwrite(self, unit: Unit, weight: Tensor) -> None:

@@ -58,6 +58,13 @@ class Checkpoint:
         return found
 
     @property
+    def beside(self) -> tuple[Path, ...]:
+        """What a complete model folder holds beside its weights: config, tokenizer, index of shards, in name order."""
+        kept = (".json", ".txt", ".model", ".jinja")
+        files = (file for file in sorted(self.folder.iterdir()) if file.is_file() and file not in self.files)
+        return tuple(file for file in files if file.suffix in kept)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(self.tensor_bytes(name) for name in self.headers)
@@ -65,14 +72,6 @@ class Checkpoint:
     def tensor_bytes(self, name: str) -> int:
         """Bytes of one tensor."""
         return BYTES_OF_DTYPE.get(self.headers[name][1], 1) * self.elements(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of one tensor."""
-        from safetensors import safe_open
-
-        with safe_open(self.headers[name][0], framework="pt") as file:
-            dtype: torch.dtype = file.get_slice(name)[:0].dtype
-            return dtype
 
     def elements(self, name: str) -> int:
         """Values in one tensor."""
@@ -92,6 +91,10 @@ class Checkpoint:
         with safe_open(self.headers[name][0], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, of which no more than a row is read."""
+        return (self.first_row(name) if self.headers[name][2] else self.read(name)).dtype
 
     def first_row(self, name: str) -> Tensor:
         """The first entry of a tensor along its first dimension; no more is read."""

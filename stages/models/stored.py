@@ -120,7 +120,7 @@ class Locator:
         assert view is not None, "a parent has no weight"
         parameter = self.network.parameter(view.tensor)
         names = [name for name, same in self.network.parameters.items() if same is parameter]
-        found = [stored for name in names if (stored := self._named(name, tuple(parameter.shape)))]
+        found = [stored for name in names if (stored := self.named(name))]
         if found:
             copies = dict.fromkeys(found)
             return Stored((View(found[0], view.index, view.rows, view.transposed),), tuple(list(copies)[1:]))
@@ -138,11 +138,12 @@ class Locator:
     def names_inside(self, module: str, parameters: Iterable[str]) -> list[str]:
         """Stored names of those of some parameters that stand inside a module."""
         inside = [name for name in parameters if name.startswith(f"{module}.")]
-        shapes = {name: tuple(self.network.parameter(name).shape) for name in inside}
-        return [stored for name in inside if (stored := self._named(name, shapes[name]))]
+        return [stored for name in inside if (stored := self.named(name))]
 
-    def _named(self, name: str, shape: tuple[int, ...]) -> str | None:
-        return self.checkpoint.find(name, shape, self._prefix)
+    def named(self, name: str) -> str | None:
+        """The stored tensor that has the name and the shape of a parameter, of one dimension or more; None if there is
+        none."""
+        return self.checkpoint.find(name, tuple(self.network.parameter(name).shape), self._prefix)
 
     def _renamed(self, name: str) -> str | None:
         """The stored tensor that holds the whole of a parameter under another name."""
@@ -233,11 +234,7 @@ class Locator:
 
     @cached_property
     def _without_namesake(self) -> list[str]:
-        direct = {
-            stored
-            for name, parameter in self.network.parameters.items()
-            if (stored := self._named(name, tuple(parameter.shape)))
-        }
+        direct = {stored for name in self.network.parameters if (stored := self.named(name))}
         headers = self.checkpoint.headers
         return [name for name in sorted(headers) if len(headers[name][2]) >= 2 and name not in direct]
 
