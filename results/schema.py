@@ -107,7 +107,9 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "device": "string",
         "fingerprint": "string",
         "quality": "float64",  # on a CPU: process time over wall time while it was measured
-        "status": "string",  # measured, no_kernel (timed as the dense weight), fitted (the rest), nan (no such level)
+        # measured, no_kernel (timed as the dense weight), fitted (the rest), in_rest (no linear layer: it runs decoded,
+        # or not at all), not_offered, nan (no such level)
+        "status": "string",
     },
     "candidates": {
         "candidate": "string",

@@ -160,6 +160,22 @@ class _Chosen:
         """The innermost parent with levels that a unit is in."""
         return self.survey.innermost(unit.parent, self.given)
 
+    @cached_property
+    def others(self) -> dict[str, Unit]:
+        """Units that get no levels."""
+        wanted = {unit.name for unit, _ in self.units}
+        return {unit.name: unit for unit, _ in self.survey.units if unit.name not in wanted}
+
+    @cached_property
+    def carried(self) -> dict[str, Level]:
+        """Of those, the ones that were compressed before: what the model has of them."""
+        from layerwise.stages.models.compressed import CompressedModel
+
+        if self.source.compressed is None:
+            return {}
+        model = CompressedModel(self.source.compressed)
+        return {name: model.level(name) for name in model.levels if name in self.others}
+
     def item(self, unit: Unit) -> dict[str, Any]:
         """What a worker needs to know of a unit."""
         stored = self.places.get(unit.name)
@@ -200,7 +216,8 @@ def compress(context: Context, params: CompressParams) -> None:
     answers = context.executor.map(work, items, keys=[unit.name for unit in units], note="units")
     beside = _beside(chosen)
     entries = [_with_own_costs(UnitEntry.from_json(answer), beside) for answer in answers]
-    write_index(context.out, entries, beside[None], chosen.survey.halves(chosen.given))
+    carried = {name: chosen.innermost(chosen.others[name]) for name in chosen.carried}
+    write_index(context.out, entries, beside[None], halves=chosen.survey.halves(chosen.given), carried=carried)
     _take_over(context.items / "units", context.out / "units")
     if chosen.folder is not None:
         adopt(chosen.folder, context.out / MODEL)
@@ -295,21 +312,13 @@ Amounts = dict[str, float]
 
 def _beside(chosen: _Chosen) -> dict[str | None, Amounts]:
     """What everything uses that gets no level: by the innermost parent with levels that it is in, None for the rest."""
-    from layerwise.stages.models.compressed import CompressedModel
-
-    wanted = {unit.name for unit, _ in chosen.units}
-    others = {unit.name: unit for unit, _ in chosen.survey.units if unit.name not in wanted}
-    carried = {}
-    if chosen.source.compressed is not None:
-        model = CompressedModel(chosen.source.compressed)
-        carried = {name: model.level(name) for name in model.levels if name in others}
-    known = [*(unit for unit, _ in chosen.units), *(others[name] for name in carried)]
+    known = [*(unit for unit, _ in chosen.units), *(chosen.others[name] for name in chosen.carried)]
     beside: dict[str | None, Amounts] = {
         parent: {"bytes": size_bytes, "parameters": parameters, "flops": 0.0}
         for parent, (size_bytes, parameters) in chosen.survey.left(known, chosen.parents).items()
     }
-    for name, unit in others.items():
-        own, level = beside[chosen.innermost(unit)], carried.get(name)
+    for name, unit in chosen.others.items():
+        own, level = beside[chosen.innermost(unit)], chosen.carried.get(name)
         if level is not None:
             own["bytes"] += level.size_bytes
             own["parameters"] += level.parameters

@@ -176,7 +176,9 @@ def write_index(
     folder: Path,
     units: Sequence[UnitEntry],
     rest: Mapping[str, float],
+    *,
     halves: Mapping[str, Sequence[str]] | None = None,
+    carried: Mapping[str, str | None] | None = None,
 ) -> Path:
     """Write `database.json`: the commit point of a database.
 
@@ -185,10 +187,13 @@ def write_index(
         units: in the order of a genome.
         rest: by resource, what everything of the model uses that is no unit.
         halves: by block, the half-blocks that it is made of; without them it passes on its input.
+        carried: units without levels here that were compressed before, each with the innermost parent of `units` that
+            it is in.
     """
     document = {
         "rest": dict(rest),
         "halves": {block: list(parts) for block, parts in (halves or {}).items()},
+        "carried": dict(carried or {}),
         "units": [unit.as_json() for unit in units],
     }
     target = folder / INDEX
@@ -240,6 +245,11 @@ class DatabaseIndex:
     def halves(self) -> dict[str, list[str]]:
         """By block, the half-blocks that it is made of, where all of them have levels."""
         return dict(self._document["halves"])
+
+    @property
+    def carried(self) -> dict[str, str | None]:
+        """Units without levels here that were compressed before, each with the innermost parent that it is in."""
+        return dict(self._document["carried"])
 
     @cached_property
     def by_name(self) -> dict[str, UnitEntry]:

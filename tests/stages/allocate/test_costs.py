@@ -50,7 +50,7 @@ def parent(name: str, role: Any, own: int, above: str | None = None, *, may_drop
 
 def database(folder: Path, *units: UnitEntry, halves: Mapping[str, list[str]] | None = None) -> DatabaseIndex:
     folder.mkdir(exist_ok=True)
-    write_index(folder, units, REST, halves)
+    write_index(folder, units, REST, halves=halves)
     return DatabaseIndex(folder)
 
 
