@@ -83,7 +83,7 @@ class CostTable:
         for row, unit in enumerate(self.units):
             for column, level in enumerate(unit.levels):
                 if level.costs is not None:
-                    table[row, column] = level.costs[resource]
+                    table[row, column] = level.costs.get(resource, 0.0)  # 0 of what was not counted then
         return table
 
     @cached_property

@@ -105,8 +105,10 @@ def test_what_no_kernel_takes_runs_as_its_dense_weight(make_levels: Callable[...
     weight = random_weight((6, 40))
     keep = weight > 0
     (level,) = make_levels("rtn", weight, keep=keep, bits=4, group_size=16)
-    wide = mask_level("m", {"method": "any", "sparsity": 0.5}, weight, keep)  # a kernel would round 32 bits to 16
-    for one in (level, wide):
+    double = mask_level(
+        "m", {"method": "any", "sparsity": 0.5}, weight.double(), keep
+    )  # a kernel holds 32 bits at most
+    for one in (level, double):
         assert one.encoding.pack(one) is None
         assert torch.equal(pack_or_dense(one).dense(), one.decode())
 
@@ -142,5 +144,6 @@ def test_widths_without_a_kernel_are_kinds_of_their_own() -> None:
     label = find_encoding("grid").label
     six = {"encoding": "grid", "bits": 6, "group_size": 32, "sym": True}
     assert label(six) == label({**six, "group_size": 64}) != label({**six, "bits": 5})
-    labels = {find_encoding(name).label({**six, "sparsity": 0.5}) for name in ("dense", "mask", "masked_grid", "drop")}
+    recipe = {**six, "sparsity": 0.5, "dtype": "float16"}
+    labels = {find_encoding(name).label(recipe) for name in ("dense", "mask", "masked_grid", "drop")}
     assert len(labels) == 4
