@@ -229,9 +229,16 @@ class _Calls:
 
     def _keep(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.made[name] = args, kwargs, output
+            # Some blocks add to an answer in place.
+            self.made[name] = args, kwargs, _copied(output)
 
         return keep
+
+
+def _copied(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(map(_copied, output))
+    return output.clone() if isinstance(output, Tensor) else output
 
 
 def _halves(

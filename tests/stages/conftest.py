@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from layerwise.pipeline.executors.inline import InlineExecutor
 from layerwise.pipeline.executors.journal import JournaledExecutor
 from layerwise.results.store import Store
 from layerwise.stages import find_stage
 from layerwise.stages.contract import Context, ModelSource, TextSource
+
+settings.register_profile("stages", deadline=None, derandomize=True)  # no clock, and the same cases every time
+settings.load_profile("stages")
 
 BLOCKS, WIDTH, INNER, VOCABULARY, LENGTH = 3, 32, 40, 256, 16
 """An inner width of 40 leaves ragged groups of 16 and 32."""

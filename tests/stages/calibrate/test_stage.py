@@ -135,6 +135,8 @@ def test_only_what_is_needed_is_gathered(
     other = next(unit for unit in load_model("llama").units if unit.kind == "mlp.up_proj")
     with pytest.raises(UsageError, match=f"unit {re.escape(other.name)} was not calibrated"):
         statistics.tensor(other, "channels")
+    with pytest.raises(UsageError, match="the statistics have no block_inputs, only channels"):
+        statistics.hidden(0)
     nothing = calibrated("llama", statistics=[])
     with pytest.raises(UsageError, match="the statistics have no hessian, only none"):
         nothing.tensor(unit, "hessian")

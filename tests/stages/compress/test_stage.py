@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -212,14 +214,12 @@ def test_an_expert_that_no_token_reached_costs_no_other_unit_its_levels(
 
     bench = new_bench(edited_model(model_folder("mixtral"), never_chosen))
     stats = bench.run("calibrate", {"statistics": ["hessian", "block_inputs"]})
-    counts = Statistics(stats.out).counts
-    unseen = {
-        f"model.layers.1.mlp.experts.{number}.{kind}"
-        for number in range(4)
-        for kind in ("gate_up_proj", "down_proj")
-        if not counts.get(f"model.layers.1.mlp.experts.{number}.{kind}")
-    }
+    statistics = Statistics(stats.out)
+    experts = [unit for unit, _ in statistics.survey.units if unit.block == 1 and unit.role == "expert"]
+    unseen = {unit.name for unit in experts if unit.name not in statistics.counts}
     assert len(unseen) == 4, "ties go to two of the four"
+    for unit in experts:
+        assert bool(statistics.tensor(unit, "hessian").any()) == (unit.name not in unseen)
     menu = [
         {"method": "gptq", "bits": 4, "group_size": 16}, {"method": "gptq_sequential", "bits": 3, "group_size": 16},
     ]  # fmt: skip
@@ -446,8 +446,12 @@ def test_a_pruned_model_keeps_its_mask_when_it_is_quantized_and_what_is_not_chos
             assert torch.equal(network.weight(unit), expected)
 
 
-def test_a_model_can_be_compressed_again_without_statistics(
-    new_bench: Callable[..., Any], model_folder: Callable[[str], Path]
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_a_model_has_dropped_or_pruned_stays_so_when_it_is_compressed_again(
+    new_bench: Callable[..., Any],
+    model_folder: Callable[[str], Path],
+    load_model: Callable[[str], Any],
+    calibrated: bool,
 ) -> None:
     bench = new_bench(model_folder("mixtral"))
     menu = [{"method": "magnitude", "sparsity": 0.5}, {"method": "drop", "units": ["attention"]}]
@@ -465,7 +469,13 @@ def test_a_model_can_be_compressed_again_without_statistics(
     (allocations.out / "allocations.json").write_text(json.dumps(document))
     model = bench.run("apply", {"pick": document[0]["candidate"]}, allocations=allocations.out, database=first.out)
 
-    second = bench.run("compress", {"menu": [{"method": "rtn", "bits": 4}, {"method": "dense"}]}, model=model.out)
+    inputs = {"model": model.out}
+    if calibrated:
+        inputs = {"statistics": bench.run("calibrate", model=model.out).out}
+        _check_hessian_behind(
+            Statistics(inputs["statistics"]), load_model("mixtral"), half, Database(first.out, bench.model)
+        )
+    second = bench.run("compress", {"menu": [{"method": "rtn", "bits": 4}, {"method": "dense"}]}, **inputs)
     units = {unit.name: unit for unit in DatabaseIndex(second.out).units}
     assert not any(name.startswith(f"{half}.") for name in units), "what was dropped is not there any more"
     down = units["model.layers.1.mlp.experts.2.down_proj"]
@@ -479,6 +489,27 @@ def test_a_model_can_be_compressed_again_without_statistics(
     assert {name: before[name] for name in ("bytes", "parameters")} == {
         name: after[name] for name in ("bytes", "parameters")
     }
+
+
+def _check_hessian_behind(statistics: Statistics, lm: Any, half: str, levels: Database) -> None:
+    """The Hessian of the last block's attention is of inputs in the compressed model: the dense one with the pruned
+    weights written into it, and the last layer of the half-block that is dropped set to zero."""
+    assert not [name for name in statistics.selected if name.startswith(f"{half}.")]
+    model = copy.deepcopy(lm.model)
+    for unit in lm.units:
+        if unit.kind == "mlp.experts.down_proj":
+            weight = levels.level(unit.name, "magnitude-50%").decode()
+            unit.view.write(model.get_parameter(unit.view.tensor).data, weight)
+    model.get_parameter(f"{half}.o_proj.weight").data.zero_()
+    last = next(unit for unit in lm.units if unit.name == "model.layers.2.self_attn.q_proj")
+    rows: list[Any] = []
+    model.get_submodule(last.name).register_forward_pre_hook(lambda module, args: rows.append(args[0].flatten(0, 1)))
+    tokens = np.load(next(statistics.folder.parent.glob("items/tokens-*.npy"))).astype(np.int64)
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(tokens), use_cache=False)
+    expected = rows[0].T @ rows[0]
+    found = statistics.tensor(last, "hessian")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_an_interrupted_stage_repeats_no_finished_unit(

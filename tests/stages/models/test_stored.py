@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def check_round_trip(lm: CausalLM, folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     locator = Locator(lm, checkpoint)
     found = {unit.name: locator.find(unit) for unit in lm.units}
+    backwards = Locator(lm, checkpoint)
+    assert found == {unit.name: backwards.find(unit) for unit in reversed(lm.units)}, "whoever asks first"
     for unit in lm.units:
         stored = found[unit.name]
         assert torch.equal(stored.read(checkpoint), lm.weight(unit)), unit.name
@@ -142,6 +145,21 @@ def test_equal_contents_are_told_apart_by_block_expert_and_the_names_of_their_li
 
     folder = edited_model(model_folder(family), edit)
     check_round_trip(CausalLM.load(ModelSource(folder)), folder)
+
+
+def test_equal_square_matrices_of_an_expert_are_told_apart_as_those_of_other_experts_are(
+    load_model: Callable[[str], Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(load_model("mixtral").model.config)
+    config.intermediate_size = config.hidden_size  # w1, w2 and w3, of which the second is the last one's
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for experts in (model.get_submodule(f"model.layers.{block}.mlp.experts") for block in (0, 2)):
+        experts.gate_up_proj.data[1], experts.down_proj.data[1] = 0, 0
+    model.save_pretrained(tmp_path)
+    check_round_trip(CausalLM.load(ModelSource(tmp_path)), tmp_path)
 
 
 def test_an_expert_that_is_not_a_number_is_found_all_the_same(

@@ -246,6 +246,40 @@ def test_a_convolution_is_a_matrix_over_patches_unless_it_is_in_groups() -> None
 
 # --- half-blocks and blocks ---
 
+
+class Averaging(nn.Module):
+    """Attention of the plainest kind: the mean of what came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.proj(hidden.cumsum(1) / torch.arange(1, 1 + hidden.shape[1])[:, None])
+
+
+class InPlace(nn.Module):
+    """A block whose halves stand side by side; one answer is added to the other in place, as Falcon's does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Averaging(), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        attended, answer = self.attention(hidden), self.mlp(hidden)
+        answer += attended
+        return hidden + answer
+
+
+def test_an_answer_that_is_changed_in_place_is_seen_as_it_was_given() -> None:
+    torch.manual_seed(0)
+    model = ConvolvingModel()
+    model.layers = nn.ModuleList([InPlace()])
+    assert [(parent.kind, parent.role) for parent in CausalLM(model).parents] == [
+        ("block", "block"), ("attention", "attention"), ("mlp", "mlp"),
+    ]  # fmt: skip
+
+
 HALVES = {
     "granitemoe": ("self_attn", "block_sparse_moe"),
     "gpt2": ("attn", "mlp"),
