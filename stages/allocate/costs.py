@@ -162,8 +162,8 @@ class CostTable:
         Raises:
             InfeasibleBudget: below the least reachable.
             NotFinite: none of the levels of a unit could be made.
-            UsageError: above the greatest reachable, where it would no longer decide anything; or of a resource that
-                nothing is known of.
+            UsageError: above the greatest reachable, where it would no longer decide anything; of a resource that
+                nothing is known of; or none of the levels of a unit has a loss.
         """
         self._check_known(budget)
         table = None
@@ -178,6 +178,11 @@ class CostTable:
                 raise NotFinite(
                     f"unit {unit.name} has no level to choose: {errors[0] if errors else 'none is offered'}",
                     hint="mend the model, leave the unit out (`ignore`), or offer it as it is (`{method: dense}`)",
+                )
+            if table is not None and not np.isfinite(table[self._rows[unit.name]][offered]).any():
+                raise UsageError(
+                    f"the profile has no loss for any level of {unit.name}",
+                    hint="profile kl, which every level has, or calibrate the unit, too (`targets`)",
                 )
         problem = Problem(
             {resource: np.where(self.offered, amounts, np.inf) for resource, amounts in self.costs.items()},

@@ -372,6 +372,12 @@ def test_a_unit_without_any_level_is_named_with_the_reason(tmp_path: Path) -> No
         table.problem({"bits": 3}, tie=False, losses=None)
 
 
+def test_a_unit_whose_levels_have_no_loss_is_named(two_units: CostTable) -> None:
+    with pytest.raises(UsageError, match="the profile has no loss for any level of k") as caught:
+        two_units.problem({"bits": 3}, tie=False, losses=[[3.0, None, 1.0], [None, None, None]])
+    assert "kl" in str(caught.value.hint)
+
+
 def test_only_what_is_offered_can_be_chosen_and_counts_for_what_is_reachable(tmp_path: Path) -> None:
     levels = level("dense", 3200, 3200, 400, offered=False), level("2b", 200, 250, 32), level("4b", 400, 450, 57)
     table = CostTable(database(tmp_path / "offered", unit("q", (10, 10), *levels)))

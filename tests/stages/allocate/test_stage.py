@@ -20,7 +20,7 @@ from layerwise.errors import InfeasibleBudget, LayerwiseError, UsageError
 from layerwise.solvers import SEARCHES, SOLVERS
 from layerwise.stages.allocate.allocation import load_allocations
 from layerwise.stages.allocate.costs import CostTable
-from layerwise.stages.allocate.stage import AllocateParams
+from layerwise.stages.allocate.stage import AllocateParams, mistakes
 from layerwise.stages.levels.database import DatabaseIndex
 
 QUICK = {
@@ -396,6 +396,44 @@ def test_a_profile_of_another_database_is_refused(chain: Callable[[str], Any]) -
         made.bench.run(
             "allocate", {"solver": "ilp", "budgets": {"bits": 3}}, database=other.out, profile=made.profile.out
         )
+
+
+def test_a_loss_that_does_not_know_dropped_parts_is_refused_before_anything_runs() -> None:
+    """Weight and output errors are those of weights; a level without a loss is never chosen."""
+    from layerwise.stages.compress.stage import CompressParams
+    from layerwise.stages.profile.stage import ProfileParams
+
+    feeding = {"database": [CompressParams.model_validate({"menu": MIXED})], "profile": [ProfileParams()]}
+    for loss in ("output_error", "weight_nmse"):
+        params = AllocateParams.model_validate({"solver": "ilp", "loss": loss, "budgets": {"bits": 3}})
+        (mistake,) = mistakes(params, feeding)
+        assert mistake == (
+            ("loss",),
+            f"only kl knows what a dropped part costs: with {loss} none would ever be dropped",
+        )
+        assert not list(mistakes(params, {**feeding, "database": [CompressParams.model_validate({"menu": MIXED[:2]})]}))
+    assert not list(mistakes(AllocateParams.model_validate({"solver": "ilp", "budgets": {"bits": 3}}), feeding))
+
+
+def test_ties_hold_inside_parts_that_may_be_dropped(
+    model_folder: Callable[[str], Path], new_bench: Callable[..., Any]
+) -> None:
+    bench = new_bench(model_folder("llama"))
+    menu = [{"method": "rtn", "bits": [2, 3, 4], "group_size": 16}, {"method": "drop", "units": ["attention", "mlp"]}]
+    levels = bench.run("compress", {"menu": menu})
+    profile = bench.run("profile", {"metrics": ["kl"], "tokens": 32}, database=levels.out)
+    groups: dict[str, set[str]] = {}
+    for entry in DatabaseIndex(levels.out).units:
+        if entry.unit.group is not None:
+            groups.setdefault(entry.unit.group, set()).add(entry.name)
+    assert len(groups) == 6
+    for solver in ("ilp", "branch", "evolve"):
+        params = {"solver": solver, "budgets": {"bits": [1.2, 2.4]}, "tie": "fused", **QUICK}
+        found = bench.run("allocate", params, database=levels.out, profile=profile.out)
+        for allocation in load_allocations(found.out):
+            assert "drop" in allocation.levels.values() or allocation.sizes["bits"] > 2
+            for members in groups.values():
+                assert len({allocation.levels.get(unit) for unit in members}) == 1, "one level, or all of them gone"
 
 
 @pytest.mark.parametrize(
