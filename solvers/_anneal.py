@@ -41,7 +41,7 @@ class Anneal(Batched):
             and the best so far are measured beside them.
         temperature: the first one, in units of the loss. Without one, the standard deviation of the losses of the
             first ask, the start among them.
-        cooling: what the temperature is multiplied with after every ask.
+        cooling: what the temperature is multiplied with after every ask; the default is a guess.
         max_switches: the most level switches between neighbours.
         tokens_per_ask: how much data an ask evaluates on; None is all of it.
         total_tokens: how much data there is.

@@ -31,7 +31,10 @@ _SCALE = 1e6
 """What a budget and the expected answer become: tolerances of 1e-6 are then 1e-12 of either."""
 
 _SMALL = 1e-3
-"""An answer that came out below this share of what it was scaled for is solved again with a better scale."""
+"""An answer that came out below this share of what it was scaled for is solved again with a better scale.
+
+A guess.
+"""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,13 @@ from layerwise.errors import UsageError
 from layerwise.solvers.problem import Choice, Problem, Solution
 
 FINALISTS = 5
-"""Allocations that a closing round compares: the start, the incumbent and those just before it."""
+"""Allocations that a closing round compares: the start, the incumbent and those just before it. A guess."""
 
 MOST_TRIES = 50
-"""Random candidates in a row that may be unusable or known before a search goes on with those it has."""
+"""Random candidates in a row that may be unusable or known before a search goes on with those it has.
+
+A guess.
+"""
 
 Name = TypeVar("Name", bytes, str)
 

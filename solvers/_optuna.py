@@ -40,10 +40,13 @@ from layerwise.solvers.problem import LOSS, Choice, Problem, Solution
 from layerwise.solvers.stopping import Stop
 
 _MOST_DRAWS = 4
-"""Proposals for one candidate before the last is repaired. Under tight budgets over many units nearly all need it."""
+"""Proposals for one candidate before the last is repaired. A guess.
+
+Under tight budgets over many units nearly all need it.
+"""
 
 _MOST_SWITCHES = 3
-"""Switches that make another allocation of a repaired one that is known."""
+"""Switches that make another allocation of a repaired one that is known. A guess."""
 
 _SAMPLER, _REPAIR = FIRST_STREAM, FIRST_STREAM + 1
 
