@@ -21,7 +21,7 @@ from layerwise.stages.calibrate import find_statistic
 from layerwise.stages.compress import Compressor, MenuEntry, Task, find_compressor
 from layerwise.stages.models.network import Role, Unit
 from layerwise.testing.encodings import demand_same_tensors, encoding_promises, same_bits
-from layerwise.testing.promises import Promise, answer_of_fresh_interpreter, demand, keep_all, refusal
+from layerwise.testing.promises import Promise, answer_of_fresh_interpreter, close, demand, keep_all, refusal
 from layerwise.testing.statistics import example_unit, measured, random_gradients, random_inputs
 
 if TYPE_CHECKING:
@@ -210,7 +210,12 @@ def _bits(case: _Case) -> None:
         return
     for levels in case.run(case.task()).values():
         found = [level.bits for level in levels]
-        demand(found == list(announced), f"announced are {list(announced)} bits, made are {found}")
+        same = len(found) == len(announced) and all(map(_same_bits, found, announced))
+        demand(same, f"announced are {list(announced)} bits, made are {found}")
+
+
+def _same_bits(found: float, announced: float) -> bool:
+    return close(found, announced, rel=1e-12)  # bits may be logarithms
 
 
 def _same(case: _Case) -> None:

@@ -5,6 +5,7 @@ The oracles share no code with the solvers (`oracles.py`): enumeration, and scip
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -85,6 +86,8 @@ def solver_promises(solver: str | Solve, claims: Claims = Claims()) -> list[Prom
         kept["a problem without losses is refused"] = partial(_needs_losses, solve)
     if claims.exact:
         kept |= {text: partial(check, solve) for text, check in EXACT.items()}
+        if "several budgets" not in claims.refuses:
+            kept["it finds the optimum within two budgets"] = partial(_tempting_with_two, solve)
     if isinstance(solver, str):
         kept["its name is found without loading torch or Ray"] = partial(_nothing_heavy, solver)
     return [Promise(of, text, check) for text, check in kept.items()]
@@ -251,6 +254,24 @@ def _real_numbers(solve: Solve) -> None:
     drawn(check, 60, max_units=4, real=True)
 
 
+def _tempting(solve: Solve) -> None:
+    _demand_optima(solve, n_budgets=1)
+
+
+def _tempting_with_two(solve: Solve) -> None:
+    _demand_optima(solve, n_budgets=2)
+
+
+def _demand_optima(solve: Solve, n_budgets: int) -> None:
+    """On tables like a model's, where `greedy` misses the optimum in 14 of these 36 problems; it misses it in none of
+    the 80 that `_agrees` draws, so those alone would not tell an exact solver from one that is nearly so."""
+    for seed, budget in itertools.product(range(6), (0.2, 0.45, 0.7)):
+        problem = random_tables(8, 4, seed, budget, n_budgets)
+        optimum, solution = oracles.milp_optimum(problem), solve(problem)
+        demand(close(solution.loss, optimum, rel=1e-9), f"{solution.loss} is not the optimum {optimum}")
+        demand(solution.status == "optimal", f"the status is {solution.status}")
+
+
 def _tighter(solve: Solve) -> None:
     losses = [solve(random_tables(15, 4, seed=1, budget=share)).loss for share in np.linspace(0, 1, 12).tolist()]
     demand(losses == sorted(losses, key=lambda loss: -(loss or 0)), f"with growing budgets the losses are {losses}")
@@ -291,6 +312,7 @@ EVERY: dict[str, Callable[[Solve], None]] = {
 EXACT: dict[str, Callable[[Solve], None]] = {
     "it agrees with enumeration and with another solver": _agrees,
     "it agrees with enumeration on real numbers of any size": _real_numbers,
+    "it finds the optimum where the best trades first do not": _tempting,
     "a tighter budget never lowers the loss": _tighter,
     "the order of the units does not matter": _any_order,
     "one catastrophic level does not blunt the answer": _catastrophe,

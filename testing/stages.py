@@ -277,6 +277,8 @@ def _resumes(case: _Case) -> None:
         out = attempt.run()
         twice = [key for (_, key), times in attempt.journal.worked.items() if times > 1]
         demand(not twice, f"interrupted after {until} of {total} items, it works again on {', '.join(twice)}")
+        others = sorted(key for _, key in attempt.journal.worked.keys() ^ whole.journal.worked.keys())
+        demand(not others, f"interrupted after {until} of {total} items, it has others: {', '.join(others)}")
         _demand_same(digests(out), expected, f"interrupted after {until} of {total} items,")
 
 

@@ -12,6 +12,9 @@ import pytest
 
 from layerwise.pipeline.executors import RawExecutor, Resources
 
+collect_ignore = ["example_package"]
+"""A project of its own, whose tests run where it is installed; see `test_example_package.py`."""
+
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
