@@ -21,7 +21,7 @@ from typing import Any
 from machine import header
 
 from layerwise.pipeline.display import open_display
-from layerwise.pipeline.run import Run
+from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.workflow import load_workflow
 
 HERE = Path(__file__).parent

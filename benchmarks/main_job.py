@@ -21,7 +21,7 @@ from typing import Any
 from machine import header
 
 from layerwise.pipeline.display import open_display
-from layerwise.pipeline.run import Run
+from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.workflow import Workflow, load_workflow
 from layerwise.results.runs import latest_stages
 from layerwise.results.store import Store

@@ -48,7 +48,7 @@ class Packed(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """What decides its time beside the shape: `int4-g128-sym`. Two weights of one shape and label cost the same."""
+        """What decides its time beside the shape, spelled by `labels.py`: `int4-g128-sym`."""
 
     @abstractmethod
     def dense(self) -> Tensor:

@@ -87,6 +87,8 @@ def frontier_table(
     """
     import pandas as pd
 
+    if over not in RESOURCES:
+        raise UsageError(f"there is no cost '{over}'", hint=f"known: {', '.join(RESOURCES)}")
     run = find_run(store, run)
     stages = latest_stages(store, run)
     names = {row["stage_key"]: name for name, row in stages.items() if stage in (None, name, name.split("@")[0])}
@@ -109,9 +111,11 @@ def frontier_table(
     frame = pd.DataFrame(records, columns=COLUMNS).astype(_TYPES)
     if frame[over].isna().all():
         what = "milliseconds" if over == "ms" else over
+        hint = "it was made before these were counted; run it again"
+        if not RESOURCES[over].of_levels:
+            hint = "add a `latency` stage to what `allocate` needs"
         raise UsageError(
-            f"run {run} has no {what}: no allocation of it has any",
-            hint="add a `latency` stage to what `allocate` needs, or choose another cost with --over",
+            f"run {run} has no {what}: no allocation of it has any", hint=f"{hint}, or choose another cost with --over"
         )
     ranked_by = _ranked_by(frame, loss)
     frame["ranked_by"] = ranked_by

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from layerwise.errors import UsageError
-from layerwise.solvers._incumbent import MOST_TRIES, Measured, as_choice, best_of
-from layerwise.solvers._ledger import Clock
+from layerwise.solvers._incumbent import Measured, as_choice, best_of, fresh
+from layerwise.solvers._ledger import Clock, Course
 from layerwise.solvers._rounds import FIRST_STREAM, Batched, Rounds
 from layerwise.solvers.problem import Choice, Problem, Solution
 from layerwise.solvers.stopping import Stop
@@ -41,7 +41,7 @@ class Anneal(Batched):
             and the best so far are measured beside them.
         temperature: the first one, in units of the loss. Without one, the standard deviation of the losses of the
             first ask, the start among them.
-        cooling: what the temperature is multiplied with after every ask.
+        cooling: what the temperature is multiplied with after every ask; the default is a guess.
         max_switches: the most level switches between neighbours.
         tokens_per_ask: how much data an ask evaluates on; None is all of it.
         total_tokens: how much data there is.
@@ -77,11 +77,7 @@ class Anneal(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={
                 "search": "anneal",
                 "batch": batch,
@@ -147,15 +143,12 @@ class Anneal(Batched):
         rounds = self._rounds
         rounds.begin()
         rng = rounds.rng(_MUTATION)
-        known, neighbours = {rounds.key(self._current)}, list[Choice]()
-        tries = 0
-        while len(neighbours) < self._batch and tries < MOST_TRIES:
-            tries += 1
-            neighbour = rounds.moves.mutated(self._current, rng, self._max_switches)
-            if neighbour is not None and rounds.key(neighbour) not in known:
-                known.add(rounds.key(neighbour))
-                neighbours.append(neighbour)
-                tries = 0
+        neighbours = fresh(
+            lambda: rounds.moves.mutated(self._current, rng, self._max_switches),
+            self._batch,
+            {rounds.key(self._current)},
+            rounds.key,
+        )
         self._neighbours = len(neighbours)
         beside = [self._current] if neighbours and rounds.tokens is not None else []
         rounds.open([*neighbours, *beside])

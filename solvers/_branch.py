@@ -38,15 +38,18 @@ from layerwise.solvers._lagrange import Lagrangian, nearest
 from layerwise.solvers.problem import Choice, Problem, Solution, certified, require_losses, scale_of
 
 _COARSE = 1e3
-"""A level that loses this many times the whole answer blunts the arithmetic: it is barred, and the rest resolved."""
+"""A level that loses this many times the whole answer blunts the arithmetic: it is barred, and the rest resolved.
+
+A guess.
+"""
 
 _PATIENCE = 50
-"""How many units in a row may bring nothing better once states were left out for want of room."""
+"""How many units in a row may bring nothing better once states were left out for want of room. A guess."""
 
 _EQUAL = 4 * np.finfo(np.float64).eps
 
 _NEAR = 16
-"""How many neighbours a state is compared with when there are several resources."""
+"""How many neighbours a state is compared with when there are several resources. A guess."""
 
 
 def branch(problem: Problem, time_limit: float | None = None, gap: float = 1e-10, max_states: int = 50_000) -> Solution:
@@ -56,9 +59,9 @@ def branch(problem: Problem, time_limit: float | None = None, gap: float = 1e-10
         problem: any number of budgets, nested units, the reverse form; needs losses. With interactions, `ilp` is used.
         time_limit: seconds, None for no limit. The best allocation found by then has the status "time_limit".
         gap: relative; nothing is looked for that would be better by less. 0 asks for the very last digit.
-        max_states: the most partial allocations to keep at a time. Where more would be needed, those with the lowest
-            bounds are kept, and the search ends once that has brought nothing for a while; the status is then
-            "feasible" and the lower bound takes account of the others.
+        max_states: the most partial allocations to keep at a time; the default is a guess. Where more would be needed,
+            those with the lowest bounds are kept, and the search ends once that has brought nothing for a while; the
+            status is then "feasible" and the lower bound takes account of the others.
     Returns:
         The allocation with a lower bound; status "optimal" if the gap is at most 1e-9.
     Raises:

@@ -32,16 +32,16 @@ from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.solvers._ilp import any_feasible
 from layerwise.solvers._incumbent import (
     FINALISTS,
-    MOST_TRIES,
     Incumbent,
     Measured,
     as_choice,
     best_of,
     digest,
     distinct,
+    fresh,
     given_start,
 )
-from layerwise.solvers._ledger import Clock, Ledger, check_identity, identity, stream, told
+from layerwise.solvers._ledger import Clock, Course, check_identity, identity, told
 from layerwise.solvers._moves import Moves
 from layerwise.solvers._uniform import uniform
 from layerwise.solvers.presets import find_preset
@@ -54,7 +54,6 @@ _MUTATION, _DRAW = 0, 1  # the two random streams of a generation
 
 @dataclass(frozen=True)
 class _Settings:
-    seed: int
     generations: int
     offspring: int
     survivors: tuple[int, ...]
@@ -62,15 +61,13 @@ class _Settings:
     max_switches: int
     initially_generated: int
     initial_tokens: int | None
-    total_tokens: int | None
-    stop: Stop
 
     def __post_init__(self) -> None:
         if not self.survivors or len(self.survivors) != len(self.tokens):
             raise UsageError(f"survivors {self.survivors} and tokens {self.tokens} must name the same rounds")
         if self.survivors[-1] != 1:
             raise UsageError(f"the last round must leave one survivor, found {self.survivors[-1]}")
-        least = {"seed": 0, "generations": 0, "offspring": 1, "max_switches": 1, "initially_generated": 1}
+        least = {"generations": 0, "offspring": 1, "max_switches": 1, "initially_generated": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UsageError(f"{name} must be at least {bound}, found {getattr(self, name)}")
@@ -145,9 +142,9 @@ class Evolve:
 
         given = given_start(problem, start)
         rounds = base.tokens if tokens is None else tuple(tokens)
-        self._ledger = ledger = Ledger(stop, total_tokens, clock)
+        self._course = Course(seed, total_tokens, stop, clock)
+        self._ledger = ledger = self._course.ledger()
         self._settings = _Settings(
-            seed=seed,
             generations=generations,
             offspring=base.offspring if offspring is None else offspring,
             survivors=base.survivors if survivors is None else tuple(survivors),
@@ -155,12 +152,12 @@ class Evolve:
             max_switches=base.max_switches if max_switches is None else max_switches,
             initially_generated=base.initially_generated if initially_generated is None else initially_generated,
             initial_tokens=ledger.amount((rounds or (None,))[0] if initial_tokens is None else initial_tokens),
-            total_tokens=total_tokens,
-            stop=stop,
         )
         self._problem, self._plain = problem, problem.plain()
         self._moves = Moves(self._plain)
-        self._identity = identity(self._plain, given, {"search": "evolve", **asdict(self._settings)})
+        shared = {"total_tokens": total_tokens, "stop": asdict(stop)}
+        everything = {"search": "evolve", "seed": seed, **asdict(self._settings), **shared}
+        self._identity = identity(self._plain, given, everything)
         self._phase: Literal["start", "select", "close", "done"] = "start"
         self._generation = self._round = 0
         self._parent = Incumbent(self._plain, self._floor() if given is None else given)
@@ -315,7 +312,7 @@ class Evolve:
     def _floor(self) -> Choice:
         """What random fills go up from: the uniform level or, where no common level fits, a mixture that does."""
         try:
-            return self._problem.fold(uniform(self._problem).choice)
+            return self._plain.with_cheapest_absent(self._problem.fold(uniform(self._problem).choice))
         except InfeasibleBudget:
             return self._problem.fold(any_feasible(self._problem))
 
@@ -326,17 +323,12 @@ class Evolve:
     def _offspring(self) -> list[Choice]:
         """Mutants of the parent, none like it, like another, or like one that was measured on all of the data."""
         rng, parent = self._rng(_MUTATION), self._parent.choice
-        offspring: list[Choice] = []
-        known = {digest(self._plain, parent), *self._settled}
-        tries = 0
-        while len(offspring) < self._settings.offspring and tries < MOST_TRIES:
-            tries += 1
-            mutant = self._moves.mutated(parent, rng, self._settings.max_switches)
-            if mutant is not None and (name := digest(self._plain, mutant)) not in known:
-                known.add(name)
-                offspring.append(mutant)
-                tries = 0
-        return offspring
+        return fresh(
+            lambda: self._moves.mutated(parent, rng, self._settings.max_switches),
+            self._settings.offspring,
+            {digest(self._plain, parent), *self._settled},
+            lambda mutant: digest(self._plain, mutant),
+        )
 
     def _rng(self, purpose: int) -> np.random.Generator:
-        return stream(self._settings.seed, self._generation, purpose)
+        return self._course.rng(self._generation, purpose)

@@ -26,8 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from layerwise.errors import UsageError
 from layerwise.solvers._archive import Archive
-from layerwise.solvers._incumbent import MOST_TRIES, Measured, as_choice
-from layerwise.solvers._ledger import Clock
+from layerwise.solvers._incumbent import Measured, as_choice, fresh
+from layerwise.solvers._ledger import Clock, Course
 from layerwise.solvers._repair import repaired
 from layerwise.solvers._rounds import FIRST_STREAM, Batched, Rounds
 from layerwise.solvers.pareto import crowding_distance, non_dominated_ranks
@@ -76,11 +76,7 @@ class Genetic(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={"search": "genetic", "objectives": list(objectives), "population": population},
             batch=population,
             more_finalists=population,
@@ -125,18 +121,16 @@ class Genetic(Batched):
     def _next(self) -> None:
         rounds = self._rounds
         rounds.begin()
-        rng, children = rounds.rng(FIRST_STREAM), list[Choice]()
+        rng = rounds.rng(FIRST_STREAM)
         parents = [choice for choice, _ in self._population]
         known = {rounds.key(choice) for choice in [*parents, rounds.incumbent.choice]}
         standing = _standing(self._archive.points(self._population))
-        tries = 0
-        while len(children) < self._size - (not parents) and tries < MOST_TRIES:  # the incumbent joins the first
-            tries += 1
-            child = self._child(parents, standing, rng) if parents else self._any(rng)
-            if rounds.key(child) not in known:
-                known.add(rounds.key(child))
-                children.append(child)
-                tries = 0
+        children = fresh(
+            lambda: self._child(parents, standing, rng) if parents else self._any(rng),
+            self._size - (not parents),  # the incumbent joins the first
+            known,
+            rounds.key,
+        )
         beside = parents if children and rounds.tokens is not None else []
         rounds.open([*children, *beside], finalists=[choice for choice, _ in self._archive.front][: self._size])
 

@@ -31,7 +31,10 @@ _SCALE = 1e6
 """What a budget and the expected answer become: tolerances of 1e-6 are then 1e-12 of either."""
 
 _SMALL = 1e-3
-"""An answer that came out below this share of what it was scaled for is solved again with a better scale."""
+"""An answer that came out below this share of what it was scaled for is solved again with a better scale.
+
+A guess.
+"""
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,7 @@ def any_feasible(problem: Problem) -> Choice:
     plain = problem.plain()
     choice = plain.lowest(plain.shares)
     if not plain.feasible(choice):
-        found = ilp(plain.variant(losses=plain.shares, interactions={})).choice
-        choice = np.where(plain.present(found), found, choice)
+        choice = plain.with_cheapest_absent(ilp(plain.variant(losses=plain.shares, interactions={})).choice)
     return problem.expand(choice)
 
 

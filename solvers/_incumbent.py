@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,10 +19,15 @@ from layerwise.errors import UsageError
 from layerwise.solvers.problem import Choice, Problem, Solution
 
 FINALISTS = 5
-"""Allocations that a closing round compares: the start, the incumbent and those just before it."""
+"""Allocations that a closing round compares: the start, the incumbent and those just before it. A guess."""
 
 MOST_TRIES = 50
-"""Random candidates in a row that may be unusable or known before a search goes on with those it has."""
+"""Random candidates in a row that may be unusable or known before a search goes on with those it has.
+
+A guess.
+"""
+
+Name = TypeVar("Name", bytes, str)
 
 Measured = tuple[Choice, float]
 """A candidate in plain units and its loss, NaN if it failed."""
@@ -121,7 +126,7 @@ def given_start(problem: Problem, start: Solution | ArrayLike | None) -> Choice 
             if resource in plain.limits
         ]
         raise UsageError(f"the start has an unavailable level or is outside the budgets: {', '.join(over)}")
-    return np.where(plain.present(folded), folded, plain.lowest(plain.shares))  # the others come back at their cheapest
+    return plain.with_cheapest_absent(folded)
 
 
 def as_choice(levels: Sequence[int]) -> Choice:
@@ -137,6 +142,25 @@ def key(problem: Problem, choice: Choice) -> bytes:
 def digest(problem: Problem, choice: Choice) -> str:
     """The same in 16 hexadecimal digits, for long lists in a state."""
     return hashlib.blake2b(key(problem, choice), digest_size=8).hexdigest()
+
+
+def fresh(make: Callable[[], Choice | None], n: int, known: set[Name], name: Callable[[Choice], Name]) -> list[Choice]:
+    """Up to `n` random allocations that are not known yet; fewer where `MOST_TRIES` in a row bring none.
+
+    Args:
+        make: one at random, None if that did not work.
+        known: names of those that are not wanted; the new ones are added.
+        name: equal for equal allocations, such as `key` or `digest`.
+    """
+    found, tries = list[Choice](), 0
+    while len(found) < n and tries < MOST_TRIES:
+        tries += 1
+        choice = make()
+        if choice is not None and (called := name(choice)) not in known:
+            known.add(called)
+            found.append(choice)
+            tries = 0
+    return found
 
 
 def distinct(problem: Problem, choices: Sequence[Choice]) -> list[Choice]:

@@ -24,6 +24,8 @@ from layerwise.solvers._settle import settled, spendable
 from layerwise.solvers.problem import Choice, Problem, Solution, certified, require_separable
 
 _MOST_CUTS = 500
+"""Cutting planes before the best prices so far are good enough. A guess; the bound holds at any prices."""
+
 _PRECISE = 1e-9
 """Relative: cutting planes stop when no price can raise the bound by more than this."""
 
@@ -31,12 +33,16 @@ _BESIDE = 1e-9
 """Relative: how far a price is moved to see what is chosen just above and just below it."""
 
 _HIGHEST_PRICE = 1e4
-"""Limits the prices of resources that are used up to the last bit, for which no price would be too high."""
+"""Limits the prices of resources that are used up to the last bit, for which no price would be too high.
+
+A guess.
+"""
 
 _FINITE = 1e300
 """No price and no priced cost gets above this, so that sums of them stay finite."""
 
 _LEAST_ROOM = 1e-3
+"""Of what there is to spend, the share that a limit without any room counts as, to scale its price. A guess."""
 
 _TOLERANCES = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}  # the least HiGHS takes
 

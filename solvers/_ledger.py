@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,40 @@ from layerwise.solvers.stopping import Stop
 
 Clock = Callable[[], float]
 """Seconds since some fixed moment."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What decides the course of any search besides its problem, its start and its own settings.
+
+    Args:
+        seed: 0 or more; all random streams come from it.
+        total_tokens: how much search data there is, None if not known.
+        stop: the rules by which it ends.
+        clock: for `Stop.seconds`.
+        tokens_per_ask: how much data an ask sees, None for all of it or where that differs from ask to ask.
+    Raises:
+        UsageError: the seed is negative.
+    """
+
+    seed: int
+    total_tokens: int | None
+    stop: Stop
+    clock: Clock
+    tokens_per_ask: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, found {self.seed}")
+
+    def ledger(self) -> Ledger:
+        """Empty books."""
+        return Ledger(self.stop, self.total_tokens, self.clock)
+
+    def rng(self, number: int, purpose: int) -> np.random.Generator:
+        """A random generator of its own for each round and purpose, so that nothing about it needs saving."""
+        key = np.array([self.seed, number], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, purpose]))
 
 
 class Ledger:
@@ -123,12 +158,6 @@ def _number(index: int, loss: Any) -> float:
     except (TypeError, ValueError) as error:
         message = f"the loss of candidate {index} is not a number: {loss!r}"
         raise UsageError(message, hint="tell NaN for a candidate that failed") from error
-
-
-def stream(seed: int, number: int, purpose: int) -> np.random.Generator:
-    """A random generator of its own for each round and purpose, so that nothing about it needs saving."""
-    key = np.array([seed, number], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, purpose]))
 
 
 def identity(problem: Problem, start: Choice | None, settings: Mapping[str, Any]) -> str:

@@ -123,15 +123,15 @@ def _merged(problem: Problem, unit: int, inside: list[_Tree]) -> _Tree:
     for row, tree in enumerate(inside):
         shares[row, : len(tree.shares)], losses[row, : len(tree.losses)] = tree.shares, tree.losses
     kept = problem.forest.kept[[tree.members[0] for tree in inside]]  # (trees, levels)
+    steps = climb(shares, losses)  # of all trees; what one of them does in between does not change another one's steps
     parts = []
     for level in np.flatnonzero(problem.available[unit]).tolist():
-        there = np.flatnonzero(kept[:, level])
-        steps = climb(shares[there], losses[there])
-        picks = np.tile(shares.argmin(axis=1), (len(steps.unit) + 1, 1))  # (allocations, trees)
-        picks[:, there] = steps.start
-        for index, (moved, after) in enumerate(zip(steps.unit.tolist(), steps.after.tolist(), strict=True)):
-            picks[index + 1 :, there[moved]] = after
-        parts.append(_joined(unit, level, inside, picks, kept[:, level]))
+        here = kept[:, level]
+        taken = np.flatnonzero(here[steps.unit])
+        picks = np.tile(np.where(here, steps.start, shares.argmin(axis=1)), (len(taken) + 1, 1))  # (allocations, trees)
+        for index, step in enumerate(taken.tolist()):
+            picks[index + 1 :, steps.unit[step]] = steps.after[step]
+        parts.append(_joined(unit, level, inside, picks, here))
     members, (levels, present) = parts[0][0], (np.concatenate(column) for column in list(zip(*parts, strict=True))[1:])
     tree = _Tree(members, levels, present, np.zeros(0), np.zeros(0))
     return tree._replace(shares=tree.sums(problem.shares), losses=tree.sums(problem.losses))

@@ -33,17 +33,20 @@ from numpy.typing import ArrayLike
 from layerwise.errors import UsageError
 from layerwise.solvers._archive import Archive
 from layerwise.solvers._incumbent import MOST_TRIES, as_choice
-from layerwise.solvers._ledger import Clock
+from layerwise.solvers._ledger import Clock, Course
 from layerwise.solvers._repair import repaired
 from layerwise.solvers._rounds import FIRST_STREAM, Batched, Rounds
 from layerwise.solvers.problem import LOSS, Choice, Problem, Solution
 from layerwise.solvers.stopping import Stop
 
 _MOST_DRAWS = 4
-"""Proposals for one candidate before the last is repaired. Under tight budgets over many units nearly all need it."""
+"""Proposals for one candidate before the last is repaired. A guess.
+
+Under tight budgets over many units nearly all need it.
+"""
 
 _MOST_SWITCHES = 3
-"""Switches that make another allocation of a repaired one that is known."""
+"""Switches that make another allocation of a repaired one that is known. A guess."""
 
 _SAMPLER, _REPAIR = FIRST_STREAM, FIRST_STREAM + 1
 
@@ -250,11 +253,7 @@ class TPE(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={"search": "tpe", "batch": batch, "random_trials": random_trials},
             batch=batch,
         )
@@ -322,11 +321,7 @@ class NSGA2(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={"search": "nsga2", "objectives": list(objectives), "population": population},
             batch=population,
             more_finalists=population,

@@ -88,7 +88,7 @@ class Program:
         table = np.full(self.problem.shape, -np.inf)
         table[self.unit, self.level] = values
         choice: Choice = table.argmax(axis=1)
-        return np.where(self.problem.present(choice), choice, self.problem.lowest(self.problem.shares))
+        return self.problem.with_cheapest_absent(choice)
 
     def chosen(self, choice: Choice) -> NDArray[np.bool_]:
         """(switches,): x of an allocation."""

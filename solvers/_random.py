@@ -12,10 +12,10 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from layerwise.solvers._incumbent import MOST_TRIES, digest
-from layerwise.solvers._ledger import Clock
+from layerwise.solvers._incumbent import digest, fresh
+from layerwise.solvers._ledger import Clock, Course
 from layerwise.solvers._rounds import FIRST_STREAM, Batched, Rounds
-from layerwise.solvers.problem import Choice, Problem, Solution
+from layerwise.solvers.problem import Problem, Solution
 from layerwise.solvers.stopping import Stop
 
 
@@ -51,11 +51,7 @@ class Random(Batched):
         self._rounds = Rounds(
             problem,
             start,
-            seed,
-            tokens_per_ask=tokens_per_ask,
-            total_tokens=total_tokens,
-            stop=stop,
-            clock=clock,
+            Course(seed, total_tokens, stop, clock, tokens_per_ask),
             settings={"search": "random", "batch": batch},
             batch=batch,
         )
@@ -81,13 +77,12 @@ class Random(Batched):
     def _next(self) -> None:
         rounds = self._rounds
         rounds.begin()
-        rng, batch = rounds.rng(FIRST_STREAM), list[Choice]()
-        tries = 0
-        while len(batch) < self._batch and tries < MOST_TRIES:
-            tries += 1
-            candidate = rounds.moves.filled(rounds.floor, rng)
-            if (name := digest(rounds.plain, candidate)) not in self._known:
-                self._known.add(name)
-                batch.append(candidate)
-                tries = 0
-        rounds.open(batch)
+        rng = rounds.rng(FIRST_STREAM)
+        rounds.open(
+            fresh(
+                lambda: rounds.moves.filled(rounds.floor, rng),
+                self._batch,
+                self._known,
+                lambda choice: digest(rounds.plain, choice),
+            )
+        )

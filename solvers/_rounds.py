@@ -26,11 +26,10 @@ from layerwise.solvers._incumbent import (
     given_start,
     key,
 )
-from layerwise.solvers._ledger import Clock, Ledger, check_identity, identity, stream, told
+from layerwise.solvers._ledger import Course, check_identity, identity, told
 from layerwise.solvers._moves import Moves
 from layerwise.solvers.problem import Choice, Problem, Solution
 from layerwise.solvers.search import Ask
-from layerwise.solvers.stopping import Stop
 
 _DRAW, _START = 0, 1  # random streams of a round; those of the searches count from 2
 
@@ -49,7 +48,8 @@ class Rounds:
         tokens: how much data a round sees, None for all.
 
     Args:
-        problem, start, seed, tokens_per_ask, total_tokens, stop, clock: those of the search.
+        problem, start: those of the search.
+        course: its seed, data and stop rules.
         settings: its name and all other arguments, as plain JSON.
         batch: how many candidates it means to ask for at a time.
         more_finalists: how many it may add to those that the closing round compares.
@@ -59,29 +59,23 @@ class Rounds:
         self,
         problem: Problem,
         start: Solution | ArrayLike | None,
-        seed: int,
+        course: Course,
         *,
-        tokens_per_ask: int | None,
-        total_tokens: int | None,
-        stop: Stop,
-        clock: Clock,
         settings: Mapping[str, Any],
         batch: int,
         more_finalists: int = 0,
     ) -> None:
-        if seed < 0:
-            raise UsageError(f"seed must be at least 0, found {seed}")
         if batch < 1:
             raise UsageError(f"a search needs at least 1 candidate at a time, found {batch}")
         given = given_start(problem, start)
         self.plain = problem.plain()
         self.moves = Moves(self.plain)
         self.floor = problem.fold(any_feasible(problem))
-        self.ledger = Ledger(stop, total_tokens, clock)
-        self.tokens = self.ledger.amount(tokens_per_ask)
-        self._problem, self._seed, self._stop, self._batch = problem, seed, stop, batch
-        everything = {**settings, "seed": seed, "tokens": self.tokens, "total": total_tokens, "stop": asdict(stop)}
-        self._identity = identity(self.plain, given, everything)
+        self.ledger = course.ledger()
+        self.tokens = self.ledger.amount(course.tokens_per_ask)
+        self._problem, self._course, self._batch = problem, course, batch
+        shared = {"tokens": self.tokens, "total": course.total_tokens, "stop": asdict(course.stop)}
+        self._identity = identity(self.plain, given, {**settings, "seed": course.seed, **shared})
         self.number = -1
         first = self.moves.filled(self.floor, self.rng(_START)) if given is None else given
         self.incumbent = Incumbent(self.plain, first)
@@ -100,11 +94,12 @@ class Rounds:
     @property
     def limit(self) -> int | None:
         """How many full rounds the evaluations allow for, None if they are not limited."""
-        return None if self._stop.evaluations is None else max(1, self._stop.evaluations // self._batch)
+        evaluations = self._course.stop.evaluations
+        return None if evaluations is None else max(1, evaluations // self._batch)
 
     def rng(self, purpose: int) -> Any:
         """The random generator of this round for one purpose."""
-        return stream(self._seed, self.number + 1, purpose)
+        return self._course.rng(self.number + 1, purpose)
 
     def key(self, choice: Choice) -> bytes:
         return key(self.plain, choice)

@@ -274,6 +274,13 @@ class Problem:
         checked = self._checked(choice)
         return np.where(self.forest.present(checked), checked, self.resting) if self.nested else checked
 
+    def with_cheapest_absent(self, choice: Choice) -> Choice:
+        """The same allocation of a problem without groups, whose absent units come back at their cheapest, if they do.
+
+        That is how what changes an allocation step by step writes them, so that a unit is cheap to bring back.
+        """
+        return np.where(self.forest.present(choice), choice, self.lowest(self.shares)) if self.nested else choice
+
     def loss(self, choice: ArrayLike | Solution) -> float | None:
         """Loss of an allocation; `inf` if a level is not available, None in a problem without losses."""
         if self.losses is None:

@@ -28,7 +28,7 @@ def loaded_by(statement: str) -> set[str]:
         ("import layerwise.pipeline.cli", HEAVY | {"numpy"}),
         ("import layerwise.solvers", TORCH_AND_RAY | {"pandas", "pyarrow", "matplotlib", "yaml"}),
         ("import layerwise.results.store, layerwise.results.frontier, layerwise.results.plot", TORCH_AND_RAY),
-        ("import layerwise.pipeline.run, layerwise.pipeline.workflow", TORCH_AND_RAY | {"matplotlib"}),
+        ("import layerwise.pipeline.runs.run, layerwise.pipeline.workflow", TORCH_AND_RAY | {"matplotlib"}),
         (
             "from layerwise import stages\nfor name in stages.stage_names(): stages.find_stage(name)",
             TORCH_AND_RAY | {"matplotlib"},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from layerwise.errors import ClusterError
-from layerwise.pipeline.cluster import Visit, visit
+from layerwise.pipeline.cluster.connection import Visit, visit
 from layerwise.pipeline.doctor import child
 
 State = Literal["ok", "warning", "problem"]

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from layerwise.errors import LayerwiseError
-from layerwise.pipeline.cluster import plain_address
+from layerwise.pipeline.cluster.connection import plain_address
 from layerwise.pipeline.doctor import cluster, machine, ray, results_folder, versions
 from layerwise.pipeline.doctor.check import Check, Finding, Surroundings, problem
 

@@ -9,9 +9,9 @@ import shutil
 import socket
 from pathlib import Path
 
-from layerwise.pipeline.cluster import ADDRESS_VARIABLES, same_address
+from layerwise.pipeline.cluster.connection import ADDRESS_VARIABLES, same_address
+from layerwise.pipeline.cluster.tokens import asks_for_token, find_token, token_file
 from layerwise.pipeline.doctor.check import Finding, Surroundings, ok, problem, warning
-from layerwise.pipeline.tokens import asks_for_token, find_token, token_file
 
 _RAYS_SOCKET = "/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 """The longest that Ray 2.60 appends to its folder; the kernel takes 107 bytes in all."""

@@ -9,18 +9,9 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from layerwise.pipeline.executors.raw import (
-    RawReplicas,
-    Resources,
-    collect,
-    collect_parts,
-    gathered,
-    item_names,
-    measured,
-    naming,
-)
+from layerwise.pipeline.executors.raw import RawReplicas, Resources, item_names, measured, naming
 from layerwise.stages.contract import Answer, Item
 
 Thing = TypeVar("Thing")
@@ -52,12 +43,6 @@ class InlineExecutor:
             with naming(name):
                 answer = self._call(fn, item)
             yield index, answer
-
-    def map(
-        self, fn: Callable[[Item], Answer], items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = ""
-    ) -> list[Answer]:
-        """As in `contract.Executor`, without a journal."""
-        return collect(self.stream(fn, items, keys))
 
     @contextmanager
     def replicas(self, factory: Callable[[], Callable[[Item], Answer]]) -> Iterator[RawReplicas[Item, Answer]]:
@@ -103,12 +88,6 @@ class _InlineReplica(Generic[Item, Answer]):
             with naming(name):
                 answer = self._call(self._answer, item)
             yield index, answer
-
-    def map(self, items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
-        return collect(self.stream(items, keys))
-
-    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
-        return collect_parts(self.stream(*gathered(parts, keys, calls)))
 
     def _answer(self, item: Item) -> Answer:
         answer = self._loaded or self._factory()

@@ -1,8 +1,8 @@
 """What every executor is: the resources of one item, the raw protocol, and how a call is made where the work happens.
 
-A raw executor knows how to answer items and nothing of stages. It adds one method to what stages see
-(`layerwise.stages.contract`): `stream`, which gives each answer as it arrives, so that `journal` can make it durable at
-once. Items are answered in whatever order they finish; `collect` puts them back into theirs.
+A raw executor knows how to answer items and nothing of stages. Its `stream` gives each answer as it arrives, in
+whatever order they finish; `journal` makes it durable at once, and of it all what stages see
+(`layerwise.stages.contract.Executor`).
 
 Both executors make every call through `measured`, because the number of torch threads decides how sums are split, and
 with it the last bits of a result: the same number everywhere gives the same bytes everywhere.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from layerwise.errors import UsageError
-from layerwise.stages.contract import Answer, Executor, Item
+from layerwise.stages.contract import Answer, Item
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # torch reads both, and lets the second win
 
@@ -52,33 +52,36 @@ class Resources:
         """Torch threads of one item."""
         return max(1, int(self.cpus))
 
+    @property
+    def device(self) -> str:
+        """What the work is computed on, which decides its last bits."""
+        return "cpu"
+
     def __str__(self) -> str:
         return describe(self.cpus, self.gpus, self.memory_bytes)
 
 
 Item_contra = TypeVar("Item_contra", contravariant=True)
+Answer_co = TypeVar("Answer_co", covariant=True)
 
 
-class RawReplicas(Protocol[Item_contra, Answer]):
+class RawReplicas(Protocol[Item_contra, Answer_co]):
     """Replicas without memory."""
 
     def stream(
         self, items: Sequence[Item_contra], names: Sequence[str] | None = None
-    ) -> Generator[tuple[int, Answer], None, None]:
+    ) -> Generator[tuple[int, Answer_co], None, None]:
         """As `RawExecutor.stream`, with what the factory made in place of `fn`."""
         ...
 
-    def map(self, items: Sequence[Item_contra], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
-        """As in `contract.Replicas`, without a journal."""
+
+class RawExecutor(Protocol):
+    """An executor without memory."""
+
+    @property
+    def workers(self) -> int:
+        """How many items run at a time."""
         ...
-
-    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
-        """As in `contract.Replicas`, without a journal."""
-        ...
-
-
-class RawExecutor(Executor, Protocol):
-    """An executor without memory: `map` stores nothing under its `keys`, and shows nothing of its `note`."""
 
     @property
     def resources(self) -> Resources:
@@ -130,16 +133,6 @@ def describe(cpus: float, gpus: float, memory_bytes: float | None) -> str:
     """Resources as a person reads them: "2 cpus, 1 gpus, 40 GiB of memory"."""
     memory = "" if memory_bytes is None else f", {memory_bytes / 2**30:.3g} GiB of memory"
     return f"{cpus:g} cpus, {gpus:g} gpus{memory}"
-
-
-def collect(stream: Iterator[tuple[int, Answer]]) -> list[Answer]:
-    """All answers of a stream, in the order of the items."""
-    return [answer for _, answer in sorted(stream, key=lambda pair: pair[0])]
-
-
-def collect_parts(stream: Iterator[tuple[int, Any]]) -> list[Any]:
-    """The answers of all parts, where each item is several of them; in the order of the parts."""
-    return [answer for answers in collect(stream) for answer in answers]
 
 
 def gathered(parts: Sequence[Any], keys: Sequence[str], calls: int) -> tuple[list[Any], list[str]]:

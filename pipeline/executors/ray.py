@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Generic
 
 from layerwise.errors import UsageError
-from layerwise.pipeline.executors.raw import RawReplicas, Resources, collect, collect_parts, describe, gathered
+from layerwise.pipeline.executors.raw import RawReplicas, Resources, describe
 from layerwise.pipeline.executors.ray_hosts import Hosts
 from layerwise.pipeline.executors.ray_session import RaySession
 from layerwise.stages.contract import Answer, Item
@@ -63,12 +63,6 @@ class RayExecutor:
         if items:
             hosts = self._hosts()
             yield from self._answers(hosts, hosts.publish(partial(_itself, fn)), items, names)
-
-    def map(
-        self, fn: Callable[[Item], Answer], items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = ""
-    ) -> list[Answer]:
-        """As in `contract.Executor`, without a journal."""
-        return collect(self.stream(fn, items, keys))
 
     @contextmanager
     def replicas(self, factory: Callable[[], Callable[[Item], Answer]]) -> Iterator[RawReplicas[Item, Answer]]:
@@ -122,12 +116,6 @@ class _RayReplicas(Generic[Item, Answer]):
         self, items: Sequence[Item], names: Sequence[str] | None = None
     ) -> Generator[tuple[int, Answer], None, None]:
         return self._stream(items, names)
-
-    def map(self, items: Sequence[Item], *, keys: Sequence[str] | None = None, note: str = "") -> list[Answer]:
-        return collect(self._stream(items, keys))
-
-    def map_together(self, parts: Sequence[Any], *, keys: Sequence[str], calls: int, note: str = "") -> list[Any]:
-        return collect_parts(self.stream(*gathered(parts, keys, calls)))
 
 
 def _itself(fn: Callable[[Item], Answer]) -> Callable[[Item], Answer]:

@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import ClusterError, LayerwiseError
+from layerwise.pipeline.cluster.tokens import has_token, token_file
 from layerwise.pipeline.executors.raw import Resources
 from layerwise.pipeline.executors.ray_hosts import Hosts
-from layerwise.pipeline.tokens import has_token, token_file
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,10 @@
 """From a workflow file to a checked, frozen `Workflow`.
 
 `load_workflow` reads the file and the layers over it (`layers.py`), resolves `${{ }}` (`expressions.py`), validates
-every part (`fileformat.py`, `mistakes.py`, `sources.py`), unrolls the stages (`foreach.py`, `entries.py`), and checks
-their connections (`binding.py`) and their texts (`heldout.py`). It goes on after a mistake wherever the rest still
-makes sense, and raises one `WorkflowError` with all of them. No artifact is looked at and nothing heavy is imported:
-this also serves `layerwise validate` and a fully cached run.
+every part (`fileformat.py`, `mistakes.py`, `sources.py`), unrolls the stages (`foreach.py`, `entries.py`), connects
+them (`binding.py`), lets each learn what those behind it need (`_filled`), and checks their texts (`heldout.py`). It
+goes on after a mistake wherever the rest still makes sense, and raises one `WorkflowError` with all of them. No
+artifact is looked at and nothing heavy is imported: this also serves `layerwise validate` and a fully cached run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise import stages as registry
-from layerwise.errors import WorkflowError
+from layerwise.errors import LayerwiseError, WorkflowError
 from layerwise.pipeline.executors import Resources
 from layerwise.pipeline.workflow.binding import Inputs, bind, run_order
 from layerwise.pipeline.workflow.entries import Catalogue, Draft, FindStage, read_resources, read_stages
@@ -142,6 +142,7 @@ def load_workflow(
     wirings = [draft.wiring for draft in drafts]
     inputs = bind(wirings, report, catalogue.makers)
     order = run_order(wirings, report)
+    drafts = _filled(drafts, inputs, order, report)
     check_texts(drafts, data, report)
     _check_together(drafts, inputs, report)
     if report.mistakes or header is None or model is None:
@@ -180,6 +181,28 @@ def _resolve_head(tree: Tree, declared: Tree, report: Report) -> Tree:
     version = entries.get("version", tree)
     entries["version"] = replace(version, value=VERSION)  # a wrong one is reported by _check_version
     return replace(tree, value=entries)
+
+
+def _filled(drafts: Sequence[Draft], inputs: Mapping[str, Inputs], order: Sequence[str], report: Report) -> list[Draft]:
+    """The drafts, each with what the stages that take its artifact need of it.
+
+    A stage with `fill(params, following) -> params` is given the parameters of every instance that takes its artifact
+    directly, in running order; those behind it are filled first, so what they were given is seen. Filling what is
+    filled must change nothing, because a resolved workflow is read again.
+    """
+    by_id = {draft.wiring.id: draft for draft in drafts}
+    for id_ in reversed(order):
+        draft = by_id[id_]
+        fill = getattr(draft.wiring.stage, "fill", None)
+        followers = [by_id[other] for other in order if any(id_ in ids for ids in inputs.get(other, {}).values())]
+        if fill is None or draft.params is None or any(follower.params is None for follower in followers):
+            continue  # a mistake, which is reported: who has it may be who needs something
+        try:
+            by_id[id_] = replace(draft, params=fill(draft.params, [follower.params for follower in followers]))
+        except LayerwiseError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            report.add(draft.wiring.place, draft.wiring.path, error.message + hint)
+    return [by_id[draft.wiring.id] for draft in drafts]
 
 
 def _check_together(drafts: Sequence[Draft], inputs: Mapping[str, Inputs], report: Report) -> None:

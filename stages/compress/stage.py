@@ -7,6 +7,7 @@ A unit that too few calibration tokens reached (an expert) gets them from the me
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -215,12 +216,13 @@ def _take_over(finished: Path, target: Path) -> None:
 
 def _choose(context: Context, params: CompressParams) -> _Chosen:
     from layerwise.stages.calibrate.statistics import MODEL, Statistics
+    from layerwise.stages.models.compressed import model_of
     from layerwise.stages.models.survey import Survey, survey_model
 
     folder = context.optional("statistics")
     statistics = None if folder is None else Statistics(folder)
     if statistics is None:
-        model, source = context.optional("model"), context.model_of("model")
+        model, source = context.optional("model"), model_of(context, "model")
         (document,) = context.executor.map(survey_model, [source], keys=["survey"])
         survey, selected = Survey.from_json(document), None
         counts: Mapping[str, int] = {}
@@ -270,8 +272,8 @@ def _parents(params: CompressParams, survey: Survey) -> list[Unit]:
     return found
 
 
-def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str | None, tuple[int, int]]]:
-    """What everything uses that gets no level: the rest of the model by resource, and by parent bytes and values."""
+def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """What everything uses that gets no level, by resource: the rest of the model, and by parent what is in it."""
     from layerwise.stages.models.compressed import CompressedModel
 
     wanted = {unit.name for unit, _ in chosen.units}
@@ -280,8 +282,10 @@ def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str | None, tuple[i
     if chosen.source.compressed is not None:
         model = CompressedModel(chosen.source.compressed)
         carried = {name: model.level(name) for name in model.levels if name in others}
-    own = chosen.survey.left([*(unit for unit, _ in chosen.units), *(others[name] for name in carried)], chosen.parents)
-    size_bytes, parameters = own[None]
+    taken = [*(unit for unit, _ in chosen.units), *(others[name] for name in carried)]
+    left = chosen.survey.left(taken, chosen.parents)
+    own = _own_costs(chosen, left)
+    size_bytes, parameters = left[None]
     rest = {
         "bytes": size_bytes + sum(level.size_bytes for level in carried.values()),
         "parameters": parameters + sum(level.parameters for level in carried.values()),
@@ -290,22 +294,34 @@ def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str | None, tuple[i
             for name, unit in others.items()
             if unit.role != "embedding"
         ),
+        "depth": sum(parent.role == "block" for parent in chosen.survey.parents)
+        - sum(costs["depth"] for costs in own.values()),
     }
     return rest, own
 
 
-def _with_own_costs(entry: UnitEntry, own: Mapping[str | None, tuple[int, int]]) -> UnitEntry:
-    """A parent pays for what is in it and no unit: its norms and biases, unless it is dropped."""
+def _with_own_costs(entry: UnitEntry, own: Mapping[str, Mapping[str, float]]) -> UnitEntry:
+    """A parent pays for what is in it and no unit (its norms and biases) and for its depth, unless it is dropped."""
     if not entry.is_parent:
         return entry
-    size_bytes, parameters = own[entry.name]
     levels = tuple(
-        replace(level, costs={**level.costs, "bytes": size_bytes, "parameters": parameters})
+        replace(level, costs={**level.costs, **own[entry.name]})
         if level.recipe is not None and level.costs is not None and level.recipe["encoding"] == "keep"
         else level
         for level in entry.levels
     )
     return replace(entry, levels=levels)
+
+
+def _own_costs(chosen: _Chosen, left: Mapping[str | None, tuple[int, int]]) -> dict[str, dict[str, float]]:
+    """Of each parent what it costs beside its units: bytes, parameters, and blocks that are run."""
+    halves = Counter(parent.parent for parent in chosen.parents if parent.role != "block")
+    own = {}
+    for parent in chosen.parents:
+        size_bytes, parameters = left[parent.name]
+        depth = 1 - halves[parent.name] / 2 if parent.role == "block" else 0.5
+        own[parent.name] = {"bytes": size_bytes, "parameters": parameters, "depth": depth}
+    return own
 
 
 # --- units ------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ class CausalLM:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
+        with suppress(AttributeError, ValueError):  # a family without experts has nothing to set
+            self.model.set_experts_implementation("eager")  # type: ignore[operator]  # one by one, so that each is seen
         self.block_path, self.blocks = _find_blocks(model)
         self.n_blocks = len(self.blocks)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
@@ -96,8 +98,6 @@ class CausalLM:
                 f"{source.path}: {len(missing)} weights are missing or of another shape, the first is {missing[0]}",
                 hint="the folder holds another model than its config.json says",
             )
-        with suppress(AttributeError, ValueError):  # a family without experts has nothing to set
-            model.set_experts_implementation("eager")  # one by one, so that each one's inputs can be seen
         network = cls(model)
         if source.compressed is not None:
             from layerwise.stages.models.compressed import CompressedModel

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import CorruptArtifact
-from layerwise.stages.contract import ModelSource
+from layerwise.stages.contract import Context, ModelSource
 from layerwise.stages.levels.files import open_unit, read_level
 from layerwise.stages.levels.level import Level
 from layerwise.stages.models.network import Unit
@@ -111,6 +111,12 @@ def source_of(folder: Path, workflow: ModelSource) -> ModelSource:
     base = folder / BASE
     compressed = folder if Document.load(folder).units else None
     return ModelSource(base if base.is_dir() else workflow.path, workflow.dtype, compressed)
+
+
+def model_of(context: Context, port: str) -> ModelSource:
+    """The model of a stage's optional port: that of its `model` artifact, or the workflow's."""
+    folder = context.optional(port)
+    return context.model if folder is None else source_of(folder, context.model)
 
 
 def adopt(folder: Path, target: Path) -> None:

@@ -72,7 +72,9 @@ def transform(context: Context, params: TransformParams) -> None:
         UnsupportedModel: a transform cannot be made of this model, or it changes what the model computes.
         NotFinite: the model gives NaN or Inf.
     """
-    work = partial(_transform, source=context.model_of("model"), out=context.out)
+    from layerwise.stages.models.compressed import model_of
+
+    work = partial(_transform, source=model_of(context, "model"), out=context.out)
     (measured,) = context.executor.map(work, [params], note="models")
     common = {"candidate": params.name, "n_tokens": measured["n_tokens"], "status": "ok"}
     differences: dict[str, float] = measured["differences"]

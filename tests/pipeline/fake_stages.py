@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from layerwise.errors import InfeasibleBudget
-from layerwise.pipeline.run import Run
+from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.stages.contract import Context, Params, Port, Stage
 

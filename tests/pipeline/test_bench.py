@@ -17,8 +17,8 @@ from layerwise.kernels.device import this_device
 from layerwise.kernels.dispatch import Dispatcher
 from layerwise.kernels.latency_table import LatencyTable
 from layerwise.kernels.timing import Call, Sampling, Timing
-from layerwise.pipeline import cli
 from layerwise.pipeline.bench import COLUMNS, Bench, read_numbers, read_shapes
+from layerwise.pipeline.commands.options import STOPPED
 
 ASKED = [
     "kernel",
@@ -193,7 +193,7 @@ def test_ctrl_c_prints_what_there_is_and_ends_with_its_own_code(
 ) -> None:
     monkeypatch.setattr("layerwise.kernels.measure.time_cpu", ScriptedTimer(fails_at=1))
     outcome = bench(*SMALL, "--m", "16", "--bits", "4", "--format", "csv")
-    assert outcome.code == cli.STOPPED
+    assert outcome.code == STOPPED
     assert {row["m"] for row in csv.DictReader(io.StringIO(outcome.out))} == {"1"}
     assert "stopped after" in outcome.err
 

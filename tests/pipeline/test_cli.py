@@ -22,7 +22,7 @@ import pytest
 
 from layerwise.pipeline import cli
 
-COMMANDS = ["run", "validate", "schema", "graph", "runs", "status", "logs", "stop", "resume"]
+COMMANDS = ["run", "submit", "manifest", "validate", "schema", "graph", "runs", "status", "logs", "stop", "resume"]
 COMMANDS += ["frontier", "show", "bench", "doctor"]
 STAGES = ["statistics", "levels", "profile", "search@ilp", "search@evolve", "score", "best", "model"]
 HEAVY = {"torch", "ray", "transformers"}
@@ -351,7 +351,7 @@ def test_a_run_that_is_stopped_before_it_began_says_how_to_go_on(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    monkeypatch.setattr("layerwise.pipeline.run.fetch", fetch)
+    monkeypatch.setattr("layerwise.pipeline.runs.run.fetch", fetch)
     outcome = layerwise("run", tiny_workflow, "--results", tmp_path, *options)
     assert outcome.code == 3
     assert outcome.out == ""

@@ -43,6 +43,39 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", _COMMON),  # q, k and v are one layer, gate and up another
 }
 
+_EXPERTS = 4
+"""Of each block, two for every token."""
+
+MOE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", _COMMON | {"num_local_experts": _EXPERTS, "num_experts_per_tok": 2}),
+    "qwen3moe": (
+        "Qwen3MoeConfig",
+        _COMMON | {"head_dim": 16, "num_experts": _EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "olmoe": ("OlmoeConfig", _COMMON | {"num_experts": _EXPERTS, "num_experts_per_tok": 2}),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        _COMMON | {"num_local_experts": _EXPERTS, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    ),
+}
+"""Mixtures of experts: the experts are matrices of stacked parameters, in the files of most families single tensors."""
+
+OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": (  # its blocks answer with tuples, attention and feed-forward stand side by side; the head has a bias
+        "GPTJConfig",
+        {
+            "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_inner": INNER, "n_layer": BLOCKS, "n_head": 4,
+            "n_positions": 64, "rotary_dim": 4, "bos_token_id": None, "eos_token_id": None,
+        },
+    ),
+    "bloom": (  # one piece: its half-blocks get the residual handed in and add it themselves; its head is tied
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": BLOCKS, "n_head": 4},
+    ),
+}  # fmt: skip
+
+ALL_FAMILIES = {**FAMILIES, **MOE_FAMILIES, **OTHER_FAMILIES}
+
 
 def _save_tokenizer(folder: Path) -> None:
     """One token per byte of UTF-8."""
@@ -61,8 +94,8 @@ def _save_model(folder: Path, family: str) -> None:
     import torch
     import transformers
 
-    name, settings = FAMILIES[family]
-    generator = torch.Generator().manual_seed(sorted(FAMILIES).index(family))
+    name, settings = ALL_FAMILIES[family]
+    generator = torch.Generator().manual_seed([*sorted(FAMILIES), *MOE_FAMILIES, *OTHER_FAMILIES].index(family))
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -101,7 +134,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """Every family in turn."""
+    """Every plain family in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=MOE_FAMILIES)
+def moe_family(request: pytest.FixtureRequest) -> str:
+    """Every mixture of experts in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=ALL_FAMILIES)
+def any_family(request: pytest.FixtureRequest) -> str:
+    """Every family in turn: plain ones, mixtures of experts, and those of another build."""
     name: str = request.param
     return name
 
@@ -176,20 +223,30 @@ class Bench:
     data: Mapping[str, TextSource]
     runs: int = field(default=0, init=False)
 
-    def run(self, stage: str, params: Mapping[str, Any] | None = None, **inputs: Path | Sequence[Path]) -> Result:
+    def run(
+        self,
+        stage: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        again: bool = False,
+        **inputs: Path | Sequence[Path],
+    ) -> Result:
         """Run a stage.
 
         Args:
             stage: its name.
             params: its `with:`.
+            again: go on with the last run of this stage, which was interrupted.
             inputs: artifact folders by port.
         """
         found = find_stage(stage)
-        self.runs += 1
+        self.runs += not again
         place = self.folder / f"{self.runs:02}-{stage}"
         key = hashlib.sha256(place.name.encode()).hexdigest()
+        if again:
+            shutil.rmtree(place / "out")
         for name in ("out", "items"):
-            (place / name).mkdir(parents=True)
+            (place / name).mkdir(parents=True, exist_ok=again)
         store = Store.open(self.folder / "results", create=True)
         seqs: dict[str, int] = {}
         progress: list[tuple[int, int, str]] = []

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from layerwise.pipeline.cli import app
 from layerwise.pipeline.display import open_display
-from layerwise.pipeline.run import Run
+from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.results.frontier import frontier_table
 from layerwise.results.store import Store

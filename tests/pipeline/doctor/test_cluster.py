@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import ClusterError
-from layerwise.pipeline.cluster import Visit
+from layerwise.pipeline.cluster.connection import Visit
+from layerwise.pipeline.cluster.tokens import Token
 from layerwise.pipeline.doctor import check, cluster
 from layerwise.pipeline.doctor.check import Finding, Surroundings
-from layerwise.pipeline.tokens import Token
 
 CLUSTER = "http://head:8265"
 TOKEN = Token("RAY_AUTH_TOKEN", "5ecret" * 8)

@@ -18,7 +18,7 @@ from layerwise.errors import ClusterError
 
 executor = RayExecutor(session=RaySession(address=sys.argv[1]))
 try:
-    print(executor.workers, executor.map(abs, [-1, -2, -3]))
+    print(executor.workers, sorted(executor.stream(abs, [-1, -2, -3])))
 except ClusterError as error:
     print(f"{error.exit_code} {error}")
 finally:
@@ -37,7 +37,7 @@ class Other: ...
 while ray.available_resources().get("CPU", 0) < 2: ...  # until a job before this one has left
 other = ray.remote(num_cpus=1)(Other).remote()
 ray.get(other.__ray_ready__.remote())
-print(executor.workers, executor.map(abs, [-1, -2, -3]))
+print(executor.workers, sorted(executor.stream(abs, [-1, -2, -3])))
 ray.kill(other)
 executor.close()
 """
@@ -58,14 +58,14 @@ def joined(head, env, script=JOIN):
 
 @pytest.mark.ray
 def test_a_running_cluster_is_joined_used_and_left_running(head):
-    assert joined(head, head.env()) == "2 [1, 2, 3]"
-    assert joined(head, head.env()) == "2 [1, 2, 3]"
+    assert joined(head, head.env()) == "2 [(0, 1), (1, 2), (2, 3)]"
+    assert joined(head, head.env()) == "2 [(0, 1), (1, 2), (2, 3)]"
 
 
 @pytest.mark.ray
 def test_a_run_goes_on_with_the_cores_that_others_leave_to_it(head):
     """Somebody holds the second core for ever; an item that waited for a process there would never end."""
-    assert joined(head, head.env(), SHARE) == "2 [1, 2, 3]"
+    assert joined(head, head.env(), SHARE) == "2 [(0, 1), (1, 2), (2, 3)]"
 
 
 @pytest.mark.ray
@@ -80,7 +80,7 @@ def test_an_address_where_nobody_listens_is_an_error_at_once():
         port = listening.getsockname()[1]
     executor = RayExecutor(session=RaySession(address=f"ray://127.0.0.1:{port}"))
     with pytest.raises(ClusterError, match=f"no Ray cluster answers at ray://127.0.0.1:{port}"):
-        executor.map(abs, [1])
+        next(executor.stream(abs, [1]))
 
 
 def layerwise(*arguments, env=None):

@@ -10,9 +10,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,11 @@ def executor(ray_executor: RawExecutor) -> RawExecutor:
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
     return ray_executor
+
+
+def ordered(stream: Iterator[tuple[int, Any]]) -> list[Any]:
+    """The answers of a stream in the order of its items."""
+    return [answer for _, answer in sorted(stream)]
 
 
 def begin(folder: Path, item: int) -> int:
@@ -83,21 +89,21 @@ def loaded(call: Callable[[Path, int], int], folder: Path) -> Callable[[int], in
 def test_items_run_side_by_side_and_arrive_as_they_finish(executor: RawExecutor, tmp_path: Path) -> None:
     assert list(executor.stream(partial(the_first_waits_for_the_second, tmp_path), [0, 1])) == [(1, 1), (0, 0)]
     with executor.replicas(partial(loaded, the_first_waits_for_the_second, tmp_path)) as replicas:
-        assert replicas.map([0, 1, 2]) == [0, 1, 2]
+        assert ordered(replicas.stream([0, 1, 2])) == [0, 1, 2]
 
 
 @pytest.mark.ray
 def test_a_task_whose_worker_is_killed_is_repeated(executor: RawExecutor, tmp_path: Path) -> None:
-    assert executor.map(partial(die_at_the_first_try, tmp_path), list(range(6))) == [0, 1, 4, 9, 16, 25]
+    assert ordered(executor.stream(partial(die_at_the_first_try, tmp_path), list(range(6)))) == [0, 1, 4, 9, 16, 25]
     assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.ray
 def test_a_killed_replica_is_replaced_and_its_item_repeated_in_place(executor: RawExecutor, tmp_path: Path) -> None:
     with executor.replicas(partial(loaded, die_at_the_first_try, tmp_path)) as replicas:
-        assert replicas.map(list(range(6))) == [0, 1, 4, 9, 16, 25]
+        assert ordered(replicas.stream(list(range(6)))) == [0, 1, 4, 9, 16, 25]
         assert len(list(tmp_path.iterdir())) == 2
-        assert replicas.map([3, 4]) == [9, 16]
+        assert ordered(replicas.stream([3, 4])) == [9, 16]
 
 
 @pytest.mark.ray
@@ -105,7 +111,7 @@ def test_a_task_that_always_dies_fails_by_name_and_ray_does_not_speak_on_stdout(
     executor: RawExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.INFO), pytest.raises(StageFailed, match="unit-b died again and again") as caught:
-        executor.map(partial(always_die, tmp_path), [0, 1], keys=["unit-a", "unit-b"])
+        ordered(executor.stream(partial(always_die, tmp_path), [0, 1], ["unit-a", "unit-b"]))
     assert caught.value.hint
     assert len(list(tmp_path.glob("1-*"))) == ATTEMPTS
     with caplog.at_level(logging.INFO):
@@ -122,30 +128,31 @@ def test_a_task_that_always_dies_fails_by_name_and_ray_does_not_speak_on_stdout(
 def test_an_item_whose_replicas_always_die_fails_by_name(executor: RawExecutor, tmp_path: Path) -> None:
     with executor.replicas(partial(loaded, always_die, tmp_path)) as replicas:
         with pytest.raises(StageFailed, match="item 2 of 2 died again and again"):
-            replicas.map([0, 1])
+            ordered(replicas.stream([0, 1]))
         assert len(list(tmp_path.glob("1-*"))) == 3
-        assert replicas.map([2]) == [2]
+        assert ordered(replicas.stream([2])) == [2]
 
 
 @pytest.mark.ray
 def test_a_failure_ends_the_running_items_and_starts_no_others(executor: RawExecutor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the first one"):
-        executor.map(partial(fail_while_the_others_work, tmp_path), list(range(20)))
+        ordered(executor.stream(partial(fail_while_the_others_work, tmp_path), list(range(20))))
     assert not (tmp_path / "19-0").exists()
-    assert executor.map(partial(the_first_waits_for_the_second, tmp_path), [7]) == [7]  # a slot is free at once
+    again = executor.stream(partial(the_first_waits_for_the_second, tmp_path), [7])
+    assert ordered(again) == [7]  # a slot is free at once
 
 
 @pytest.mark.ray
 def test_an_exception_that_cannot_be_sent_is_told_in_words(executor: RawExecutor) -> None:
     with pytest.raises(StageFailed, match="ValueError isn't serializable"):
-        executor.map(raise_what_cannot_be_sent, [1])
+        ordered(executor.stream(raise_what_cannot_be_sent, [1]))
 
 
 @pytest.mark.ray
 def test_items_larger_than_the_machine_are_refused_and_not_waited_for(executor: RawExecutor) -> None:
     for resources in (Resources(cpus=3), Resources(gpus=1000), Resources(memory_bytes=2**60)):
         with pytest.raises(UsageError, match="the largest machine has 2 cpus"):
-            executor.sized(resources).map(abs, [1])
+            ordered(executor.sized(resources).stream(abs, [1]))
 
 
 @pytest.mark.ray
@@ -185,7 +192,7 @@ def swell(tries):
 def main(tries):
     executor = open_executor("ray")
     try:
-        executor.map(swell, [tries], keys=["the large one"])
+        list(executor.stream(swell, [tries], ["the large one"]))
     except StageFailed as error:
         print(error.message[:40], Path(tries).read_text())
     executor.close()
@@ -201,9 +208,9 @@ def test_an_executor_that_is_never_used_imports_no_ray() -> None:
 import sys
 from layerwise.pipeline.executors import Resources, open_executor
 executor = open_executor("ray", Resources()).sized(Resources(cpus=2))
-assert executor.map(abs, []) == []
+assert list(executor.stream(abs, [])) == []
 with executor.replicas(dict) as replicas:
-    assert replicas.map([]) == []
+    assert list(replicas.stream([])) == []
 executor.close()
 print(sorted({"ray", "torch", "pandas", "pyarrow"} & set(sys.modules)))
 """

@@ -1,10 +1,10 @@
-"""The graph and its drawings."""
+"""The drawings of a graph."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from layerwise.pipeline.workflow.graph import Graph, build_graph, draw_mermaid, draw_text
+from layerwise.pipeline.workflow.graph import draw_mermaid, draw_text
 
 BODY = """\
 stages:
@@ -16,26 +16,8 @@ stages:
 """
 
 
-def graph(desk: Any) -> Graph:
-    return build_graph(desk.load(BODY))
-
-
-def test_producers_and_consumers(desk: Any) -> None:
-    built = graph(desk)
-    assert built.producers("score") == ("search@ilp", "search@evolve", "best")
-    assert built.consumers("levels") == ("search@ilp", "search@evolve")
-    assert built.producers("stats") == ()
-    assert built.consumers("score") == ()
-
-
-def test_what_some_nodes_need(desk: Any) -> None:
-    built = graph(desk)
-    assert built.needed_by("best") == {"best", "search@ilp", "levels", "stats"}
-    assert built.needed_by("stats", "search@evolve") == {"search@evolve", "levels", "stats"}
-
-
 def test_the_text_drawing_shows_what_flows(desk: Any) -> None:
-    assert draw_text(graph(desk)) == (
+    assert draw_text(desk.load(BODY)) == (
         "stats (calibrate) -> statistics\n"
         "levels (compress) -> database\n"
         "  <- statistics from stats\n"
@@ -53,7 +35,7 @@ def test_the_text_drawing_shows_what_flows(desk: Any) -> None:
 
 
 def test_the_mermaid_drawing_has_every_node_and_every_arrow(desk: Any) -> None:
-    built = graph(desk)
+    built = desk.load(BODY)
     lines = draw_mermaid(built).splitlines()
     assert lines[0] == "flowchart LR"
     assert lines[1:7] == [f'  n{i}["{node.id}<br/><i>{node.stage.name}</i>"]' for i, node in enumerate(built.nodes)]

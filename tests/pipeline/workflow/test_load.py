@@ -12,7 +12,6 @@ import pytest
 from layerwise.errors import UsageError, WorkflowError
 from layerwise.pipeline.executors import Resources
 from layerwise.pipeline.workflow import load_workflow
-from layerwise.pipeline.workflow.graph import build_graph
 from layerwise.pipeline.workflow.yaml12 import Place, dump
 
 FULL = """
@@ -50,11 +49,9 @@ def test_a_workflow_holds_everything_with_defaults_filled_in(desk: Any) -> None:
     assert workflow.data["heldout"].tokens is None
     assert workflow.params == {"budgets": [2.5, 3.0], "seed": 7}
     assert workflow.resources == Resources(2, 0, 2 << 30)
-    graph = build_graph(workflow)
-    assert [node.id for node in graph.nodes] == [
-        *("stats", "levels", "search@ilp", "search@evolve", "best@ilp", "best@evolve", "score")
-    ]
-    search = graph.node("search@evolve")
+    nodes = {node.id: node for node in workflow.nodes}
+    assert list(nodes) == [*("stats", "levels", "search@ilp", "search@evolve", "best@ilp", "best@evolve", "score")]
+    search = nodes["search@evolve"]
     assert search.params.solver == "evolve"
     assert search.params.budgets == {"bits": [2.5, 3.0]}
     assert search.params.seed == 7
@@ -62,7 +59,7 @@ def test_a_workflow_holds_everything_with_defaults_filled_in(desk: Any) -> None:
     assert search.resources == Resources(1, 0.5, 2 << 30)
     assert search.description == "the search of evolve"
     assert search.place == Place(str(desk.folder / "flow.yaml"), 19, 3)
-    assert graph.node("levels").params.menu[1].patterns == ("2:4",)
+    assert nodes["levels"].params.menu[1].patterns == ("2:4",)
 
 
 def test_the_resolved_workflow_is_a_workflow_that_means_the_same(desk: Any, tmp_path: Path) -> None:

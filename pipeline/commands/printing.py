@@ -1,0 +1,51 @@
+"""Tables as several commands print them."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from layerwise.pipeline.commands.options import TO_READ, Format
+from layerwise.results.resources import RESOURCES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layerwise.results.store import Store
+
+
+def print_table(frame: pd.DataFrame, format_: Format) -> None:
+    """A table on stdout."""
+    from layerwise.results.format import format_table
+
+    print(format_table(frame, format_), end="")
+
+
+def print_frontier(frame: pd.DataFrame, format_: Format, over: str | None = None) -> None:
+    """A frontier; for people without the columns that say the same in every row.
+
+    Of the costs they see the three figures of size that always stand side by side, the milliseconds if there are any,
+    and the one that was asked for.
+    """
+    if format_ in TO_READ and len(frame):
+        same = frame.iloc[0]
+        text = "" if same["ranked_by"] == "kl" else f" on {same['heldout_data']}"
+        print(f"run {same['run']}, Pareto frontier by {same['ranked_by']}{text}\n")
+        frame = frame.drop(columns=["run", "metric", "heldout_data", "ranked_by"])
+        frame = frame.drop(columns=[name for name in ("on_front",) if frame[name].all()])
+        shown = {"bits", "effective_bits", "bytes", over, None if frame["ms"].isna().all() else "ms"}
+        frame = frame.drop(columns=[name for name in RESOURCES if name not in shown])
+    print_table(frame, format_)
+
+
+def print_outcome(store: Store, run: str) -> None:
+    """What a finished run is for: its frontier, and where its checkpoints are."""
+    from layerwise.results.frontier import frontier_table
+    from layerwise.results.runs import latest_stages
+
+    stages = latest_stages(store, run)
+    if any(row["uses"] == "allocate" for row in stages.values()):
+        print_frontier(frontier_table(store, run), "table")
+    for stage, row in stages.items():
+        if row["uses"] == "export":
+            print(f"{stage}: {store.root / 'runs' / run / 'stages' / stage}", file=sys.stderr)

@@ -1,0 +1,288 @@
+"""Runs a workflow: does what its plan (`plan.py`) finds missing, and keeps a durable account of everything.
+
+A run is one workflow with one set of inputs; its id says which, so running the same thing again continues or finds the
+same run, and two at once wait for each other. A stage's key is the hash of its code, its parameters and the digests of
+what goes into it; a stage whose artifact is there is never run again, and an interrupted one finds the answers of its
+finished items. Nothing depends on an orderly end: whatever was acknowledged is on the disk.
+
+This process is the only writer of tables. It loads neither torch nor Ray unless something is missing.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import CorruptArtifact, LayerwiseError, StoreError
+from layerwise.pipeline.artifacts import Artifact, ArtifactStore, digest_of, locked
+from layerwise.pipeline.display import Display
+from layerwise.pipeline.executors import RawExecutor, open_executor
+from layerwise.pipeline.executors.journal import JournaledExecutor
+from layerwise.pipeline.executors.raw import process_peak_rss_bytes
+from layerwise.pipeline.fetch import Fetched, fetch
+from layerwise.pipeline.runs.account import Account
+from layerwise.pipeline.runs.attempt import begin_attempt
+from layerwise.pipeline.runs.log import recorded
+from layerwise.pipeline.runs.plan import Planner, StagePlan
+from layerwise.pipeline.workflow import Node, Workflow
+from layerwise.pipeline.workflow.yaml12 import dump
+from layerwise.results.durable import disk_full_named, make_folder, replace_file
+from layerwise.results.store import Store
+from layerwise.stages.contract import Context, Executor, Row
+
+WORKFLOW = "workflow.yaml"
+"""The file in a run's folder that holds its workflow, with nothing left to defaults or to other files."""
+
+
+class Run:
+    """One workflow with its inputs in one results folder.
+
+    Args:
+        workflow: what to run.
+        root: the results folder, made if missing.
+        display: is told what happens.
+        written: the resolved workflow as it was written, where this machine has its files elsewhere; it is what is
+            recorded, and it gives the same id, because that depends on contents alone.
+    """
+
+    def __init__(
+        self, workflow: Workflow, root: Path, display: Display, written: Mapping[str, Any] | None = None
+    ) -> None:
+        self.workflow, self.display = workflow, display
+        self.store = Store.open(root, create=True)
+        self.artifacts = ArtifactStore(root)
+        self.sources: Fetched = fetch(workflow, root, self.artifacts.digests)
+        self.artifacts.digests.save()
+        self.resolved = workflow.resolved() if written is None else dict(written)
+        self.planner = Planner(self.store, self.artifacts, self.sources)
+        self.id = self._id()
+        self.folder = root / "runs" / self.id
+
+    def _id(self) -> str:
+        """The workflow's name and eight digits of what it is: stages, parameters, the digests of model and texts."""
+        material = {
+            "stages": {node.id: self.resolved["stages"][node.id] | {"resources": None} for node in self.workflow.nodes},
+            "model": self.sources.model_digest,
+            "data": dict(self.sources.data_digests),
+        }
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", self.workflow.name).strip(".-_") or "run"
+        return f"{name}-{digest_of(material)[:8]}"
+
+    def plan(self) -> list[StagePlan]:
+        """What each stage finds in the cache, producers first."""
+        return self.planner.plan(self.workflow.nodes)
+
+    def execute(
+        self,
+        executor: str,
+        argv: Sequence[str] = (),
+        *,
+        wait: bool = True,
+        address: str | None = None,
+        submitted: int | None = None,
+    ) -> None:
+        """Run every stage that is not in the cache.
+
+        Args:
+            executor: `ray` or `inline`; opened at the first stage that is missing.
+            argv: the command, for the record.
+            wait: for another process that runs the same; if not, it is an error.
+            address: of a running cluster that the executor is to join.
+            submitted: the number of the attempt, if it was submitted to that cluster.
+        Raises:
+            LayerwiseError: a stage stopped; what was finished is kept.
+            StoreError: another process runs the same, and it is not to be waited for.
+        """
+        with locked(self.folder / "lock", self._wait if wait else self._refuse):
+            self.keep_workflow()
+            account = Account(
+                self.store,
+                run=self.id,
+                name=self.workflow.name,
+                resolved=self.resolved,
+                executor=executor,
+                argv=argv,
+            )
+            attempt = begin_attempt(self.folder, executor, argv, self.artifacts.tmp, submitted)
+            with (
+                account.open(attempt.number),
+                self._recorded(account.attempt),
+                self._displayed(),
+                _lazily_opened(executor, address) as opened,
+            ):
+                self._tell_notes()
+                plans: dict[str, StagePlan] = {}
+                for node in self.workflow.nodes:
+                    plan = plans[node.id] = self.planner.plan_stage(node, plans)
+                    if plan.artifact is None:
+                        plan.artifact = self._make(plan, account, opened)
+                    else:
+                        self.artifacts.discard_work(plan.artifact.key)
+                        self._hit(plan, plan.artifact, account)
+                    self._link(node.id, plan.artifact)
+                self.artifacts.digests.save()  # what was found is hashed once, and not again by every cached run
+
+    def _wait(self, pid: int | None) -> None:
+        self.display.note(f"waiting: process {pid} runs {self.id}")
+
+    def _refuse(self, pid: int | None) -> None:
+        raise StoreError(
+            f"run {self.id} is at work already{'' if pid is None else f', in process {pid}'}",
+            hint="`layerwise logs -f` follows it, `layerwise stop` ends it",
+        )
+
+    def keep_workflow(self) -> None:
+        """All that it takes to run this again, wherever the workflow file has gone."""
+        path, text = self.folder / WORKFLOW, dump(self.resolved).encode()
+        if not path.is_file() or path.read_bytes() != text:
+            replace_file(path, text, self.artifacts.tmp)
+
+    @contextmanager
+    def _recorded(self, attempt: int) -> Iterator[None]:
+        shown = self.display
+        try:
+            with recorded(shown, self.folder, attempt) as self.display:
+                yield
+        finally:
+            self.display = shown
+
+    @contextmanager
+    def _displayed(self) -> Iterator[None]:
+        self.display.begin(self.id, [node.id for node in self.workflow.nodes])
+        try:
+            yield
+        finally:
+            self.display.end()
+
+    def _tell_notes(self) -> None:
+        """Say what stages will leave out or fall back to, before any of them spends hours on the rest."""
+        if any(getattr(node.stage, "notes", None) for node in self.workflow.nodes):
+            for plan in self.plan():
+                for text in plan.notes:
+                    self.display.note(f"{plan.node.id}: {text}")
+
+    def _find(self, key: str) -> Artifact | None:
+        try:
+            return self.artifacts.find(key)
+        except CorruptArtifact as error:
+            place = self.artifacts.quarantine(key)
+            self.display.warn(f"{error.message}; moved to {place} and made again")
+            return None
+
+    def _hit(self, plan: StagePlan, artifact: Artifact, account: Account) -> None:
+        self.display.cached(plan.node.id)
+        account.hit(plan.node.id, plan.key, {"uses": plan.node.stage.name, "output_digest": artifact.digest})
+
+    def _make(self, plan: StagePlan, account: Account, opened: Callable[[], RawExecutor]) -> Artifact:
+        """The artifact of a stage that was not there: made here, or meanwhile by a process that was waited for."""
+        node, key = plan.node, plan.key
+        assert key is not None, "every input is there by now"
+        with self.artifacts.claim(key, lambda pid: self.display.note(f"waiting: process {pid} makes stage {node.id}")):
+            found = self._find(key)
+            if found is not None:
+                self._hit(plan, found, account)
+                return found
+            self.display.start(node.id, node.stage.name, plan.reason)
+            with self._accounted(plan, account) as row:
+                work = self.artifacts.work(key)
+                executor = self._journaled(node, work, opened())
+                context = self._context(node, key, work, executor, account)
+                with disk_full_named(work):
+                    node.stage.run(context, node.params)
+                    artifact = self.artifacts.publish(key, context.out, plan.material)
+                self.artifacts.discard_work(key)
+                row["output_digest"] = artifact.digest
+                row["items_total"], row["items_cached"] = executor.items_total, executor.items_cached
+                row["peak_rss_bytes"] = max(executor.peak_rss_bytes, process_peak_rss_bytes())
+            return artifact
+
+    @contextmanager
+    def _accounted(self, plan: StagePlan, account: Account) -> Iterator[dict[str, Any]]:
+        """Say in the tables and on the display how the making of a stage ended; what it was is filled in meanwhile."""
+        stage, started = plan.node.id, time.monotonic()
+        row: dict[str, Any] = {"uses": plan.node.stage.name, "reason": plan.reason}
+        try:
+            yield row
+        except BaseException as error:
+            if isinstance(error, LayerwiseError):
+                error.message = f"stage {stage}: {error.message}"
+            account.failure(stage, plan.key, {**row, "cache": "miss", "seconds": time.monotonic() - started}, error)
+            raise
+        row["seconds"] = time.monotonic() - started
+        account.stage(stage, plan.key, {**row, "cache": "partial" if row["items_cached"] else "miss"})
+        self.display.finish(stage, row["seconds"], row["items_cached"], row["items_total"])
+
+    def _journaled(self, node: Node, work: Path, raw: RawExecutor) -> JournaledExecutor:
+        return JournaledExecutor(
+            raw.sized(node.resources),
+            work / "journal",
+            tmp=self.artifacts.tmp,
+            progress=partial(self._progress, node.id),
+        )
+
+    def _context(self, node: Node, key: str, work: Path, executor: Executor, account: Account) -> Context:
+        """All that a stage may touch; its folders are made."""
+        out, items = work / "out", work / "items"
+        if out.exists():
+            shutil.rmtree(out)  # of an attempt that was killed; its finished items stand under `items`
+        for folder in (out, items):
+            make_folder(folder)
+        written: dict[str, int] = {}  # rows by table
+
+        def record(table: str, rows: Sequence[Row]) -> None:
+            first = written.get(table, 0)
+            written[table] = first + len(rows)
+            self.store.append(
+                table, rows, run_id=self.id, stage=node.id, stage_key=key, attempt=account.attempt, first_seq=first
+            )
+
+        return Context(
+            out=out,
+            items=items,
+            model=self.sources.model,
+            data=self.sources.data,
+            inputs={
+                port: tuple(self._folder_of(id_) for id_ in node.inputs.get(port, ())) for port in node.stage.takes
+            },
+            executor=executor,
+            record=record,
+            progress=partial(self._progress, node.id),
+        )
+
+    def _progress(self, stage: str, done: int, total: int, note: str) -> None:
+        self.display.progress(stage, done, total, note)
+
+    def _folder_of(self, stage: str) -> Path:
+        return (self.folder / "stages" / stage).resolve()
+
+    def _link(self, stage: str, artifact: Artifact) -> None:
+        """`runs/<run>/stages/<stage>` leads to the artifact, so people need not know keys."""
+        link = self.folder / "stages" / stage
+        make_folder(link.parent)
+        target = Path("../../..") / artifact.folder.relative_to(self.store.root)
+        if not (link.is_symlink() and link.readlink() == target):
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
+
+
+@contextmanager
+def _lazily_opened(name: str, address: str | None) -> Iterator[Callable[[], RawExecutor]]:
+    """A function that opens the executor at its first call; closed at the end if it was."""
+    opened: list[RawExecutor] = []
+
+    def get() -> RawExecutor:
+        if not opened:
+            opened.append(open_executor(name, address=address))
+        return opened[0]
+
+    try:
+        yield get
+    finally:
+        for executor in opened:
+            executor.close()
