@@ -83,8 +83,8 @@ class Checkpoint:
         from safetensors import safe_open
 
         with safe_open(self.headers[name][0], framework="pt") as file:
-            dtype: torch.dtype = file.get_slice(name)[:0].dtype
-            return dtype
+            part: Tensor = file.get_slice(name)[:0] if self.headers[name][2] else file.get_tensor(name)
+            return part.dtype
 
     def elements(self, name: str) -> int:
         """Values in one tensor."""
