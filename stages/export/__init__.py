@@ -49,5 +49,4 @@ def find_format(name: str) -> Write:
 def copy_beside(checkpoint: Checkpoint, out: Path) -> None:
     """Configuration and tokenizer of a model, and no index of its weight files."""
     for file in checkpoint.beside:
-        if not file.name.endswith(".safetensors.index.json"):
-            shutil.copyfile(file, out / file.name)
+        shutil.copyfile(file, out / file.name)

@@ -12,10 +12,8 @@ from pathlib import Path
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.export import copy_beside
-from layerwise.stages.models.checkpoint import Checkpoint
+from layerwise.stages.models.checkpoint import INDEX, Checkpoint
 from layerwise.stages.models.compressed import CompressedModel
-
-INDEX = "model.safetensors.index.json"
 
 
 def dense(source: ModelSource, out: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import UnsupportedModel
+from layerwise.stages.models.checkpoint import INDEX
 from layerwise.stages.models.network import Unit, View
 from layerwise.stages.models.stored import Locator, Stored
 
@@ -86,7 +87,8 @@ class Layout:
             added: from the method of that name.
             out: the folder, which is empty.
         """
-        for file in self.checkpoint.beside:
+        index = self.checkpoint.folder / INDEX
+        for file in (*self.checkpoint.beside, *([index] if index.is_file() else [])):
             shutil.copyfile(file, out / file.name)
         *others, last = self.checkpoint.files
         for file in others:
@@ -139,7 +141,7 @@ def _weight_of(network: CausalLM, getter: str) -> Tensor | None:
 
 def _tell_index(out: Path, file: str, new: Mapping[str, Tensor]) -> None:
     """Say where new tensors are, if the weights are in several files."""
-    path = out / "model.safetensors.index.json"
+    path = out / INDEX
     if path.is_file():
         index = json.loads(path.read_text(encoding="utf-8"))
         index["weight_map"] |= dict.fromkeys(new, file)

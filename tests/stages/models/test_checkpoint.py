@@ -49,6 +49,13 @@ def test_the_bytes_of_a_tensor_follow_its_dtype(tmp_path: Path, dtype: torch.dty
     assert Checkpoint(tmp_path).tensor_bytes("w") == 15 * tensor.element_size()
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (3, 5)])
+def test_the_dtype_of_a_tensor_of_any_shape_is_known(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A single number has no first row to look at."""
+    save_file({"w": torch.zeros(shape, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    assert Checkpoint(tmp_path).dtype("w") == torch.bfloat16
+
+
 def test_a_folder_with_pickled_weights_only_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UnsupportedModel, match="holds no safetensors weights") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,10 @@ def test_files_names_and_dtype_are_those_of_the_checkpoint(
     assert len(files) > 3
     assert sorted(file.name for file in base.iterdir()) == sorted(file.name for file in folder.iterdir())
     before, after = ({name: load_file(path / name) for name in files} for path in (folder, base))
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {tensor: file for file in files for tensor in after[file]}
+    everything = [tensor for tensors in after.values() for tensor in tensors.values()]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in everything)
     added = after[files[-1]].pop("lm_head.weight")
     assert {name: sorted(tensors) for name, tensors in before.items()} == {
         name: sorted(tensors) for name, tensors in after.items()
