@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.allocate.allocation import load_allocations
@@ -76,27 +76,39 @@ def test_weights_that_were_left_dense_are_the_same_to_the_bit(
         assert torch.equal(after[name], tensor) == (name not in changed)
 
 
-@pytest.mark.parametrize("copies", [1, 2])
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("layout", ["once", "twice", "in two files"])
 def test_a_tied_head_is_written_wherever_it_is_stored(
     in_turn: Callable[..., Any],
     model_folder: Callable[[str], Path],
-    edited_model: Callable[..., Path],
-    copies: int,
+    tmp_path: Path,
+    layout: str,
 ) -> None:
-    def edit(tensors: dict[str, Any]) -> None:
-        if copies == 2:
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-
-    folder = edited_model(model_folder("qwen3"), edit)
+    folder = tmp_path / "tied"
+    shutil.copytree(model_folder("qwen3"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    if layout == "twice":
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+    if layout == "in two files":
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        save_file({HEAD: tensors[EMBEDDING]}, folder / "model-2.safetensors", metadata={"format": "pt"})
+        places = {**dict.fromkeys(tensors, "model-1.safetensors"), HEAD: "model-2.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     made = in_turn("qwen3", folder=folder)
     assert made.allocation.levels["lm_head"] != "dense"
     applied = made.bench.run("apply", {"pick": made.allocation.candidate}, **made.inputs)
-    exported = load_file(made.bench.run("export", model=applied.out).out / "model.safetensors")
+    exported = made.bench.run("export", model=applied.out).out
+    written = [(file.name, load_file(file)) for file in sorted(exported.glob("*.safetensors"))]
+    stored = [(file.name, load_file(file)) for file in sorted(folder.glob("*.safetensors"))]
+    assert [(name, set(found)) for name, found in written] == [(name, set(found)) for name, found in stored]
     decoded = Database(made.levels.out, made.bench.model).level("lm_head", made.allocation.levels["lm_head"]).decode()
-    places = ["model.embed_tokens.weight", "lm_head.weight"][:copies]
-    assert [name for name in exported if name in ("model.embed_tokens.weight", "lm_head.weight")] == sorted(places)
-    for name in places:
-        assert torch.equal(exported[name], decoded)
+    copies = [found[name] for _, found in written for name in (EMBEDDING, HEAD) if name in found]
+    assert len(copies) == (1 if layout == "once" else 2)
+    assert all(torch.equal(copy, decoded) for copy in copies)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
