@@ -44,7 +44,14 @@ def test_an_allocation_names_the_levels_of_what_is_there_and_says_its_sizes(tabl
     assert whole.levels == {"attn": "keep", "q": "grid", "up": "dense"}
     assert whole.budget == "bits=18,bytes=2000"
     assert whole.genome == (0, 1, 0)
-    assert whole.sizes == {"bits": 3608 / 200, "effective_bits": 0, "bytes": 551, "parameters": 0, "flops": 0}
+    assert whole.sizes == {
+        "bits": 3608 / 200,
+        "effective_bits": 0,
+        "bytes": 551,
+        "parameters": 0,
+        "flops": 0,
+        "depth": 0,
+    }
     dropped = make_allocation(table, [1, 1, 1], solver="ilp", budget={"bits": 3})
     assert dropped.levels == {"attn": "drop", "up": "grid"}
     assert dropped.genome == (1, 0, 1), "what is not there has one level, so one model has one id"

@@ -166,8 +166,8 @@ def entry(name: str, levels: Mapping[str, Any], role: Any = "linear") -> UnitEnt
 RECIPES = {"dense": {"encoding": "dense"}, "8b": {**GRID, "bits": 8}, "4b": {**GRID, "bits": 4}, "broken": None}
 TWO_UNITS = [entry(name, RECIPES) for name in "qk"]
 THREE_KINDS = {
-    ((4, 4), "grid 8 bits row sym"): choice("8b", 1.0, size=16),
-    ((4, 4), "grid 4 bits row sym"): choice("4b", 3.0, size=8),
+    ((4, 4), "int8-channel-sym"): choice("8b", 1.0, size=16),
+    ((4, 4), "int4-channel-sym"): choice("4b", 3.0, size=8),
     ((4, 4), "dense"): choice("dense", 4.0, size=64),
 }
 
@@ -179,8 +179,8 @@ def test_two_models_measured_whole_are_predicted_exactly_and_others_by_their_byt
     assert rest.ms_per_byte == pytest.approx(0.02)
     charged = {name: ms for (_, name), ms in charge(THREE_KINDS, rest).items()}
     assert rest.ms + 2 * charged["dense"] == pytest.approx(8.0 + 2.92)
-    assert rest.ms + 2 * charged["grid 8 bits row sym"] == pytest.approx(2.0 + 1.0)
-    mixed = rest.ms + charged["dense"] + charged["grid 4 bits row sym"]
+    assert rest.ms + 2 * charged["int8-channel-sym"] == pytest.approx(2.0 + 1.0)
+    mixed = rest.ms + charged["dense"] + charged["int4-channel-sym"]
     assert mixed == pytest.approx(4.0 + 3.0 + 1.0 + 0.02 * (64 + 8 - 32))
 
 
@@ -195,9 +195,9 @@ def test_what_is_no_linear_layer_or_not_offered_is_not_timed() -> None:
 
 
 def test_a_tie_of_the_fastest_level_is_in_its_model_too() -> None:
-    tied = {**THREE_KINDS, ((4, 4), "grid 4 bits row sym"): choice("4b", 1.2, 0.2, size=16)}
+    tied = {**THREE_KINDS, ((4, 4), "int4-channel-sym"): choice("4b", 1.2, 0.2, size=16)}
     rest = fit_rest(TWO_UNITS, tied, dense_ms=10.0, fast_ms=5.0)
-    assert rest.ms + 2 * charge(tied, rest)[(4, 4), "grid 8 bits row sym"] == pytest.approx(5.0)
+    assert rest.ms + 2 * charge(tied, rest)[(4, 4), "int8-channel-sym"] == pytest.approx(5.0)
 
 
 def test_noise_that_hides_what_the_caches_do_leaves_one_rest_for_all() -> None:
