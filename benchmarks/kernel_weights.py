@@ -50,9 +50,9 @@ class Weights:
         return BlockSparse.pack(codes, scale, keep, bits=bits, group_size=group_size, block=block)
 
     def unstructured(self, zeros: float) -> Unstructured:
-        """Normal weights of which single ones are zero."""
+        """Normal weights of 16 bits, of which single ones are zero."""
         kept = torch.rand(self.shape, generator=self._generator, device=self.device) >= zeros
-        return Unstructured.pack(self.dense().weight * kept)
+        return Unstructured.pack(self.dense().weight * kept, torch.float16)
 
     def two_of_four(self) -> NMSparse:
         """Normal weights, the two greatest of every four."""

@@ -28,7 +28,8 @@ from machine import header
 from layerwise.errors import NoisyMeasurement
 from layerwise.kernels.backends import Work, prepare
 from layerwise.kernels.device import Device, cache_bytes, this_device
-from layerwise.kernels.dispatch import DENSE, Dispatcher
+from layerwise.kernels.dispatch import Dispatcher
+from layerwise.kernels.labels import DENSE
 from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.measure import Race, entrants, run_together, table_of
 from layerwise.kernels.packed import Packed

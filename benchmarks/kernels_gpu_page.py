@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from machine import header
 
+from layerwise.kernels.backends import BACKENDS
 from layerwise.kernels.device import Device
 from layerwise.kernels.latency_table import Row
 
@@ -124,7 +125,7 @@ def _ours(rows: Sequence[Row], label: str, m: int) -> list[Row]:
         row
         for row in rows
         if (row.label, row.m, row.dtype) == (label, m, "float16")
-        and row.backend.startswith("triton_")
+        and BACKENDS[row.backend].ours
         and row.status == "measured"
         and row.n * row.k >= MANY_WEIGHTS
     ]

@@ -94,8 +94,8 @@ def _wholes(stages: Path, name: str, latency: dict[str, Any]) -> Iterator[str]:
     yield "|---|--:|--:|--:|--:|--:|--:|--:|---|"
     dense = speed["dense"]["median_ms"]
     for candidate, found in speed.items():
-        row = by_candidate.get(candidate, {"budget": "dense", "bits": None, "bytes": None})
-        sizes = ["" if row[name] is None else f"{row[name]:.6g}" for name in ("bits", "bytes")]
+        row = by_candidate.get(candidate, {"budget": "dense", "sizes": {}})
+        sizes = [f"{row['sizes'][name]:.6g}" if name in row["sizes"] else "" for name in ("bits", "bytes")]
         predicted = "" if found["predicted_ms"] is None else f"{found['predicted_ms']:.2f}"
         error = "" if found["error"] is None else f"{found['error']:+.1%}"
         drift = "" if found["drift"] is None else f"{found['drift']:.2f}"

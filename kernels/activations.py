@@ -1,4 +1,4 @@
-"""What every launcher of our kernels asks of the activations, in one place."""
+"""What every launcher of our kernels asks of the activations and of their device, in one place."""
 
 from __future__ import annotations
 
@@ -61,6 +61,15 @@ def ready(x: Tensor, packed: Packed) -> Tensor:
             )
     x = x.contiguous()
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def uses_asm(device: torch.device) -> bool:
+    """Whether kernels may hold PTX, which only NVIDIA's compiler takes.
+
+    A build of torch for AMD calls its devices `cuda` too, so the kind of device alone does not tell. Without PTX, as in
+    the interpreter, kernels say the same in Triton's own words.
+    """
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def on_its_device(

@@ -1,8 +1,9 @@
 """The ways to multiply by a packed weight, ours and those of libraries, behind one interface.
 
 A backend is prepared once for a weight (it may lay it out anew) and is then a plain function of the activations. It
-says beforehand, in words, what it cannot take. Which of several to use is not decided here but by what was measured
-(`dispatch.py`).
+says beforehand, in words, what it cannot take. What tables and layers ask of one stands in `BACKENDS` and imports
+nothing, so times of a GPU can be read where there is none, and no Triton; what it computes by is imported when it is
+asked to. Which of several to use is not decided here but by what was measured (`dispatch.py`).
 """
 
 from __future__ import annotations
@@ -16,31 +17,6 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels.packed import Packed
-
-BACKENDS = {
-    "linear": "layerwise.kernels.cpu_backends:LINEAR",
-    "matmul": "layerwise.kernels.cpu_backends:MATMUL",
-    "mkl": "layerwise.kernels.cpu_backends:MKL",
-    "onednn": "layerwise.kernels.cpu_backends:ONEDNN",
-    "int8_dynamic": "layerwise.kernels.cpu_backends:INT8_DYNAMIC",
-    "int4pack": "layerwise.kernels.cpu_backends:INT4PACK",
-    "csr": "layerwise.kernels.cpu_backends:CSR",
-    "factors": "layerwise.kernels.cpu_backends:FACTORS",
-    "factors_on_base": "layerwise.kernels.cpu_backends:FACTORS_ON_BASE",
-    "cublas": "layerwise.kernels.cuda_backends:CUBLAS",
-    "fp8": "layerwise.kernels.cuda_backends:FP8",
-    "tinygemm": "layerwise.kernels.cuda_backends:TINYGEMM",
-    "cusparselt": "layerwise.kernels.cuda_backends:CUSPARSELT",
-    "triton_quantized": "layerwise.kernels.triton_backends:QUANTIZED",
-    "triton_block_sparse": "layerwise.kernels.triton_backends:BLOCK_SPARSE",
-    "triton_low_rank": "layerwise.kernels.triton_backends:LOW_RANK",
-    "triton_n_m": "layerwise.kernels.triton_backends:N_M",
-    "triton_unstructured": "layerwise.kernels.triton_backends:UNSTRUCTURED",
-}
-"""Every backend by its name: where it stands. A name begins with `triton_` if the kernel is ours."""
-
-CPU_BACKENDS = "layerwise.kernels.cpu_backends"
-"""The module whose backends run on a processor; all others need a GPU."""
 
 Matmul = Callable[[Tensor], Tensor]
 """Activations (m, k) to (m, n), of one dtype; W is inside."""
@@ -61,50 +37,142 @@ class Work:
     device: torch.device
 
 
+def _as_packed(packed: Packed) -> int:
+    return packed.size_bytes
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a backend computes by: the part of it that stands in a module of its own.
+
+    Args:
+        refuses: why it cannot do this, None if it can. It sees only format, settings, shapes and dtypes.
+        prepare: the function of the activations, for a weight that it does not refuse and that is on the device.
+        bytes_read: bytes of the weight that one product reads; as it is packed, unless it is laid out anew.
+    """
+
+    refuses: Callable[[Packed, Work], str | None]
+    prepare: Callable[[Packed, Work], Matmul]
+    bytes_read: Callable[[Packed], int] = _as_packed
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One way to multiply by a packed weight.
+    """One way to multiply by a packed weight: what is known of it before its module is imported, and where that is.
 
     Args:
         name: its name in BACKENDS.
         device: `cpu` or `cuda`.
-        refuses: why it cannot do this, None if it can. It sees only format, settings, shapes and dtypes.
-        prepare: the function of the activations, for a weight that it does not refuse and that is on the device.
+        place: its `Product`, as `module:attribute`.
         exact: it computes x · denseᵀ up to the rounding of its dtype; False if it also rounds activations or scales.
         for_rows: it is as fast as was measured only with the number of rows that it was prepared for.
+        dense: it multiplies by the dense weight, so it takes every format and is in every race.
+        ours: a kernel of this package, not a library's.
+        boundaries: numbers of rows after which it works in another way; times are not joined across them.
     """
 
     name: str
     device: str
-    refuses: Callable[[Packed, Work], str | None]
-    prepare: Callable[[Packed, Work], Matmul]
+    place: str
     exact: bool = True
     for_rows: bool = False
+    dense: bool = False
+    ours: bool = False
+    boundaries: tuple[int, ...] = ()
+
+    @property
+    def product(self) -> Product:
+        """What it computes by.
+
+        Raises:
+            UsageError: it needs Triton, which is not installed.
+        """
+        module, _, attribute = self.place.partition(":")
+        try:
+            product: Product = getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            message = f"backend {self.name} needs Triton, which is not installed"
+            raise UsageError(message, hint="pip install triton") from error
+        return product
+
+    def refuses(self, packed: Packed, work: Work) -> str | None:
+        """Why it cannot do this, None if it can."""
+        return self.product.refuses(packed, work)
+
+    def prepare(self, packed: Packed, work: Work) -> Matmul:
+        """The function of the activations, for a weight that it does not refuse and that is on the device."""
+        return self.product.prepare(packed, work)
+
+    def bytes_read(self, packed: Packed) -> int:
+        """Bytes of the weight that one product reads."""
+        return self.product.bytes_read(packed)
+
+
+ROW_BOUNDARIES = (16, 64)
+"""Rows up to which our kernels work in one way: decoding, then small tiles, then large ones."""
+
+_CPU = "layerwise.kernels.cpu_backends"
+_CUDA = "layerwise.kernels.cuda_backends"
+_TRITON = "layerwise.kernels.triton_backends"
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("linear", "cpu", f"{_CPU}:LINEAR", dense=True),
+        Backend("matmul", "cpu", f"{_CPU}:MATMUL", dense=True),
+        Backend("mkl", "cpu", f"{_CPU}:MKL", dense=True, for_rows=True),
+        Backend("onednn", "cpu", f"{_CPU}:ONEDNN", dense=True, for_rows=True),
+        Backend("int8_dynamic", "cpu", f"{_CPU}:INT8_DYNAMIC", exact=False),
+        Backend("int4pack", "cpu", f"{_CPU}:INT4PACK", exact=False),
+        Backend("csr", "cpu", f"{_CPU}:CSR"),
+        Backend("factors", "cpu", f"{_CPU}:FACTORS", for_rows=True),
+        Backend("factors_on_base", "cpu", f"{_CPU}:FACTORS_ON_BASE", exact=False, for_rows=True),
+        Backend("cublas", "cuda", f"{_CUDA}:CUBLAS", dense=True),
+        Backend("fp8", "cuda", f"{_CUDA}:FP8", exact=False),
+        Backend("tinygemm", "cuda", f"{_CUDA}:TINYGEMM", exact=False),
+        Backend("cusparselt", "cuda", f"{_CUDA}:CUSPARSELT"),
+        Backend("triton_quantized", "cuda", f"{_TRITON}:QUANTIZED", ours=True, boundaries=ROW_BOUNDARIES),
+        Backend("triton_block_sparse", "cuda", f"{_TRITON}:BLOCK_SPARSE", ours=True, boundaries=ROW_BOUNDARIES),
+        Backend("triton_low_rank", "cuda", f"{_TRITON}:LOW_RANK", ours=True, boundaries=ROW_BOUNDARIES),
+        Backend("triton_n_m", "cuda", f"{_TRITON}:N_M", ours=True, boundaries=ROW_BOUNDARIES),
+        Backend("triton_unstructured", "cuda", f"{_TRITON}:UNSTRUCTURED", ours=True, boundaries=ROW_BOUNDARIES),
+    )
+}
+"""Every backend by its name. Of the dense ones of a device the first takes activations of every dtype."""
 
 
 def find_backend(name: str) -> Backend:
     """The backend of that name.
 
     Raises:
-        UsageError: there is none, or a package that it needs is not installed.
+        UsageError: there is none.
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend '{name}' (known: {', '.join(BACKENDS)})")
-    module, _, attribute = BACKENDS[name].partition(":")
-    try:
-        backend: Backend = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise UsageError(f"backend {name} needs Triton, which is not installed", hint="pip install triton") from error
-    return backend
+    return BACKENDS[name]
+
+
+def dense_backends(device: str) -> list[str]:
+    """The names of those that multiply by the dense weight, in the order of the table.
+
+    Args:
+        device: `cpu` or `cuda`.
+    Raises:
+        UsageError: nothing runs on such a device.
+    """
+    found = [backend.name for backend in BACKENDS.values() if backend.dense and backend.device == device]
+    if not found:
+        raise UsageError(f"no backend runs on a device '{device}'", hint="use the device cpu or cuda")
+    return found
 
 
 def prepare(name: str, packed: Packed, work: Work) -> Matmul:
     """A backend's function for a weight.
 
     Raises:
-        UsageError: it cannot take the weight; says why.
+        UsageError: it cannot take the weight, and why; or there is no such backend, or it needs Triton.
     """
     backend = find_backend(name)
     reason = backend.refuses(packed, work)
@@ -121,11 +189,5 @@ def able(packed: Packed, work: Work) -> dict[str, Backend]:
     Raises:
         UsageError: on a GPU, without Triton.
     """
-    on_cpu = work.device.type == "cpu"
-    names = [name for name, place in BACKENDS.items() if place.startswith(f"{CPU_BACKENDS}:") == on_cpu]
-    found = {name: find_backend(name) for name in names}
-    return {
-        name: backend
-        for name, backend in found.items()
-        if backend.device == work.device.type and backend.refuses(packed, work) is None
-    }
+    on_device = (backend for backend in BACKENDS.values() if backend.device == work.device.type)
+    return {backend.name: backend for backend in on_device if backend.refuses(packed, work) is None}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from layerwise.errors import UsageError
-from layerwise.kernels import planar
+from layerwise.kernels import labels, planar
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
 
@@ -116,7 +116,7 @@ class BlockSparse(Packed):
     def label(self) -> str:
         """`int4-g128-sym-blocks50%`: of so many the blocks are zero."""
         total = (len(self.starts) - 1) * -(-self.shape[1] // self.block[1])
-        return f"{self.blocks.label}-blocks{round(100 * (1 - self.n_kept / total))}%"
+        return labels.block_sparse(self.blocks.label, labels.percent(total - self.n_kept, total))
 
     @property
     def n_kept(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import planar
-from layerwise.kernels.activations import on_its_device, ready
+from layerwise.kernels.activations import on_its_device, ready, uses_asm
 from layerwise.kernels.block_sparse import BlockSparse
 from layerwise.kernels.configs import config_for
 from layerwise.kernels.dequantize import unit
@@ -27,7 +27,7 @@ from layerwise.kernels.quantized_matmul import refuses as quantized_refuses
 from layerwise.kernels.split_k import finish, workspace
 
 MAX_M = 64
-"""Rows of activations."""
+"""Rows of activations. A guess (see above)."""
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def block_sparse_matmul(x: Tensor, packed: BlockSparse) -> Tensor:
         LEFT=config.left,
         SPLITS=splits,
         EVEN_K=k % columns == 0,
-        USE_ASM=x.device.type == "cuda",
+        USE_ASM=uses_asm(x.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from layerwise.kernels import planar
-from layerwise.kernels.backends import Backend, Matmul, Work
+from layerwise.kernels.backends import Matmul, Product, Work
 from layerwise.kernels.device import processor
 from layerwise.kernels.packed import Packed
 
@@ -31,6 +31,9 @@ INT4_GROUPS = (256, 128, 64, 32)
 
 INT4_ROWS = 16
 """It takes rows of the weight sixteen at a time."""
+
+CSR_BYTES = 8
+"""Of a nonzero in compressed rows: a float32 and an index."""
 
 
 def _has(namespace: str, name: str) -> bool:
@@ -88,10 +91,10 @@ def _onednn(packed: Packed, work: Work) -> Matmul:
     return lambda x: product(x, prepacked, None, "none", [], "")
 
 
-LINEAR = Backend("linear", "cpu", _float_only, _linear)
-MATMUL = Backend("matmul", "cpu", _float_only, _matmul)
-MKL = Backend("mkl", "cpu", _mkl_refuses, _mkl, for_rows=True)
-ONEDNN = Backend("onednn", "cpu", _onednn_refuses, _onednn, for_rows=True)
+LINEAR = Product(_float_only, _linear)
+MATMUL = Product(_float_only, _matmul)
+MKL = Product(_mkl_refuses, _mkl)
+ONEDNN = Product(_onednn_refuses, _onednn)
 
 
 # --- quantized weights ---
@@ -196,8 +199,8 @@ def _int4_scales(packed: Packed, groups: int, group: int) -> Tensor:
     return both.index_select(0, own).bfloat16()
 
 
-INT8_DYNAMIC = Backend("int8_dynamic", "cpu", _int8_refuses, _int8, exact=False)
-INT4PACK = Backend("int4pack", "cpu", _int4_refuses, _int4, exact=False)
+INT8_DYNAMIC = Product(_int8_refuses, _int8)
+INT4PACK = Product(_int4_refuses, _int4)
 
 
 # --- sparse weights and factors ---
@@ -251,7 +254,7 @@ def _product_of(W: Tensor, work: Work) -> Matmul:
     return (LINEAR if best.refuses(dense, work) else best).prepare(dense, work)
 
 
-def _base(packed: Packed, work: Work) -> Backend | None:
+def _base(packed: Packed, work: Work) -> Product | None:
     """What runs the base of a low rank: a product that is not dense, because otherwise the dense sum is less work."""
     return next((backend for backend in (INT4PACK, INT8_DYNAMIC) if backend.refuses(packed, work) is None), None)
 
@@ -280,8 +283,10 @@ def _factors_on_base(packed: Packed, work: Work) -> Matmul:
     return lambda x: base(x) + up(down(x))
 
 
-CSR = Backend("csr", "cpu", _csr_refuses, _csr)
-FACTORS = Backend("factors", "cpu", _factors_refuse, _factors, for_rows=True)
-FACTORS_ON_BASE = Backend(
-    "factors_on_base", "cpu", _factors_on_base_refuse, _factors_on_base, exact=False, for_rows=True
-)
+def _csr_bytes(packed: Packed) -> int:
+    return CSR_BYTES * packed.tensors["values"].numel()
+
+
+CSR = Product(_csr_refuses, _csr, _csr_bytes)
+FACTORS = Product(_factors_refuse, _factors)
+FACTORS_ON_BASE = Product(_factors_on_base_refuse, _factors_on_base)

@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from layerwise.kernels import planar
-from layerwise.kernels.backends import Backend, Matmul, Work
+from layerwise.kernels.backends import Matmul, Product, Work
 from layerwise.kernels.packed import Packed
 
 HALVES = (torch.float16, torch.bfloat16)
 FP8_LARGEST = 448.0
 """The largest number of `float8_e4m3fn`."""
+
+FP8_SCALE_BYTES = 4
+"""Of the one scale of a row; each of its weights is a byte."""
 
 FP8_MULTIPLE = 16
 """`_scaled_mm` takes n and k in multiples of this."""
@@ -53,7 +56,7 @@ def _cublas(packed: Packed, work: Work) -> Matmul:
     return lambda x: linear(x, W)
 
 
-CUBLAS = Backend("cublas", "cuda", _cublas_refuses, _cublas)
+CUBLAS = Product(_cublas_refuses, _cublas)
 
 
 # --- 8-bit floats ---
@@ -92,7 +95,11 @@ def _fp8(packed: Packed, work: Work) -> Matmul:
     return matmul
 
 
-FP8 = Backend("fp8", "cuda", _fp8_refuses, _fp8, exact=False)
+def _fp8_bytes(packed: Packed) -> int:
+    return packed.shape[0] * (packed.shape[1] + FP8_SCALE_BYTES)
+
+
+FP8 = Product(_fp8_refuses, _fp8, _fp8_bytes)
 
 
 # --- 4-bit codes ---
@@ -136,7 +143,7 @@ def _tinygemm(packed: Packed, work: Work) -> Matmul:
     return matmul
 
 
-TINYGEMM = Backend("tinygemm", "cuda", _tinygemm_refuses, _tinygemm, exact=False)
+TINYGEMM = Product(_tinygemm_refuses, _tinygemm)
 
 
 # --- 2:4 sparsity ---
@@ -161,4 +168,4 @@ def _cusparselt(packed: Packed, work: Work) -> Matmul:
     return lambda x: linear(x, W)
 
 
-CUSPARSELT = Backend("cusparselt", "cuda", _cusparselt_refuses, _cusparselt)
+CUSPARSELT = Product(_cusparselt_refuses, _cusparselt)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from layerwise.kernels import labels
 from layerwise.kernels.packed import Packed
 
 
@@ -25,7 +26,7 @@ class Dense(Packed):
     @property
     def label(self) -> str:
         """Always `dense`."""
-        return "dense"
+        return labels.DENSE
 
     def dense(self) -> Tensor:
         """The weight in float32."""

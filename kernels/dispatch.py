@@ -11,21 +11,15 @@ Measuring stands in `measure.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layerwise.errors import UsageError
-from layerwise.kernels.backends import Matmul, Work, prepare
+from layerwise.kernels.backends import BACKENDS, Matmul, Work, prepare
 from layerwise.kernels.device import Device, require_same
-from layerwise.kernels.latency_fit import BOUNDARIES, Affine, fit_rows, interpolate_rows
+from layerwise.kernels.labels import DENSE
+from layerwise.kernels.latency_fit import Affine, fit_rows, interpolate_rows
 from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.packed import Packed
-
-DENSE = "dense"
-"""The label of a weight that is not packed."""
-
-OURS = "triton_"
-"""What the names of our kernels begin with: the ones that change their way of working at `BOUNDARIES`."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +146,8 @@ class Dispatcher:
             return measured[m]
         if not measured:
             return self._row_of_another_shape(backend, label, n, k, m, dtype)
-        boundaries = BOUNDARIES if backend.startswith(OURS) else ()
+        known = BACKENDS.get(backend)  # the table's may be of another version
+        boundaries = () if known is None else known.boundaries
         ms = interpolate_rows({rows: row.median_ms for rows, row in measured.items()}, m, boundaries)
         like = measured[min(measured, key=lambda rows: abs(math.log(rows / m)))]
         return None if ms is None else _fitted(like, n, k, m, ms, like.mad_ms, like.size_bytes)
@@ -199,11 +194,6 @@ def overlap(first: Row, second: Row) -> bool:
     """Whether two times cannot be told apart: they differ by less than 2 · sqrt(MAD₁² + MAD₂²)."""
     distance = abs(first.median_ms - second.median_ms)
     return distance == 0 or distance < 2 * math.hypot(first.mad_ms, second.mad_ms)
-
-
-def sum_interval(rows: Sequence[Row]) -> tuple[float, float]:
-    """Summed ms of several products and the MAD of the sum, their scatter taken as independent."""
-    return sum(row.median_ms for row in rows), math.hypot(*(row.mad_ms for row in rows))
 
 
 def _dtype(work: Work) -> str:

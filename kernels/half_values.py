@@ -7,8 +7,13 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 
-HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-"""The dtypes in which sparse formats keep their weights, and how labels call them."""
+HALVES = (torch.float16, torch.bfloat16)
+"""The dtypes in which sparse formats keep their weights."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def half_values(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -22,12 +27,12 @@ def half_values(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     """
     stored = dtype or (weight.dtype if weight.dtype in HALVES else torch.float16)
     if stored not in HALVES:
-        raise UsageError(f"sparse weights are stored in float16 or bfloat16, not {str(stored).removeprefix('torch.')}")
+        raise UsageError(f"sparse weights are stored in float16 or bfloat16, not {dtype_name(stored)}")
     values = weight.to(stored)
     if not values.isfinite().all():
         row = int((~values.isfinite()).any(dim=1).nonzero()[0])
         raise UsageError(
-            f"row {row} of the weight is not finite in {str(stored).removeprefix('torch.')} "
+            f"row {row} of the weight is not finite in {dtype_name(stored)} "
             f"(largest magnitude {float(weight[row].abs().max()):.6g})",
             hint="store it in bfloat16, which has the range of float32, or make the level again if it is not finite",
         )

@@ -21,9 +21,6 @@ from itertools import combinations, pairwise
 from layerwise.errors import UsageError
 from layerwise.kernels.latency_table import Row
 
-BOUNDARIES = (16, 64)
-"""Rows up to which our kernels on a GPU work in one way: decoding, then small tiles, then large ones."""
-
 
 @dataclass(frozen=True)
 class Affine:

@@ -11,7 +11,7 @@ row a weight will run by (`dispatch.py`) and how fitted rows are read off (`late
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -160,26 +160,3 @@ class LatencyTable:
                 raise UsageError(f"columns missing or unknown: {', '.join(sorted(set(row) ^ known))}")
         rows = tuple(Row(**row) for row in values["rows"])
         return cls(Device.from_json(values["device"]), rows, dict(values["protocol"]))
-
-
-def merge(tables: Sequence[LatencyTable]) -> LatencyTable:
-    """One table of several of the same device; where two have a row of the same backend and product, the first's.
-
-    Raises:
-        UsageError: there is none.
-        DeviceChanged: they come from different devices.
-    """
-    if not tables:
-        raise UsageError("no tables of times to merge")
-    for table in tables[1:]:
-        require_same(table.device, tables[0].device, "one of the tables")
-    rows = _first((row.backend, row.what, row) for table in tables for row in table.rows)
-    return LatencyTable(tables[0].device, tuple(rows), tables[0].protocol)
-
-
-def _first(entries: Iterable[tuple[str, tuple[object, ...], Row]]) -> Iterator[Row]:
-    seen = set()
-    for backend, what, row in entries:
-        if (backend, what) not in seen:
-            seen.add((backend, what))
-            yield row

@@ -22,14 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import UsageError
-from layerwise.kernels.backends import Matmul, Work, find_backend, prepare
+from layerwise.kernels.backends import Matmul, Work, dense_backends, find_backend, prepare
 from layerwise.kernels.packed import Packed, rebuild
 
 Choose = Callable[[Packed, Work], str]
 """The name of the backend that is to do the work."""
-
-DENSE_BACKENDS = {"cpu": "linear", "cuda": "cublas"}
-"""By kind of device: the backend that takes every weight, by its dense form."""
 
 MAX_CHOICES = 256
 """Numbers of rows for which the choice of a backend is kept."""
@@ -179,4 +176,4 @@ def _linear(model: nn.Module, name: str, packed: Packed) -> nn.Module:
 
 
 def _dense_backend(packed: Packed, work: Work) -> str:
-    return DENSE_BACKENDS[work.device.type]
+    return dense_backends(work.device.type)[0]

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from layerwise.errors import UsageError
+from layerwise.kernels import labels
 from layerwise.kernels.packed import Packed
 
 
@@ -45,7 +46,7 @@ class LowRank(Packed):
     @property
     def label(self) -> str:
         """`int4-g128-sym+r64`, or `r64`."""
-        return f"r{self.rank}" if self.base is None else f"{self.base.label}+r{self.rank}"
+        return labels.low_rank(self.rank, None if self.base is None else self.base.label)
 
     def dense(self) -> Tensor:
         """base + B · A, in float32."""

@@ -17,7 +17,9 @@ Three forms (`form` says which runs):
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import triton
@@ -25,48 +27,68 @@ import triton.language as tl
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.kernels import planar
-from layerwise.kernels.activations import on_its_device, ready
-from layerwise.kernels.block_sparse import BlockSparse
-from layerwise.kernels.block_sparse_matmul import block_sparse_matmul
-from layerwise.kernels.block_sparse_matmul import refuses as block_sparse_matmul_refuses
+from layerwise.kernels import block_sparse_matmul, n_m_matmul, planar, quantized_matmul, unstructured_matvec
+from layerwise.kernels.activations import on_its_device, ready, uses_asm
 from layerwise.kernels.configs import config_for
-from layerwise.kernels.dequantize import unit
 from layerwise.kernels.low_rank import LowRank
-from layerwise.kernels.n_m_matmul import n_m_matmul
-from layerwise.kernels.n_m_matmul import refuses as n_m_matmul_refuses
-from layerwise.kernels.n_m_sparse import NMSparse
-from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
-from layerwise.kernels.quantized_matmul import add_block, capability, quantized_matmul
-from layerwise.kernels.quantized_matmul import refuses as quantized_matmul_refuses
+from layerwise.kernels.quantized_matmul import accumulate, capability
 from layerwise.kernels.split_k import add_slots, arrive_last, counters
-from layerwise.kernels.unstructured import Unstructured
-from layerwise.kernels.unstructured_matvec import refuses as unstructured_matvec_refuses
-from layerwise.kernels.unstructured_matvec import unstructured_matvec
+
+# No number below was timed: these kernels have not run on a GPU yet. Each says what it follows from, or that it is a
+# guess.
 
 MAX_FUSED_M = 16
-"""Rows of x up to which A is computed in the same launch: one tile of a tensor core."""
+"""Rows of x up to which A · x is computed in the same launch: one tile of a tensor core. That two launches win from the
+second tile on is a guess."""
 
 MAX_PROJECTIONS = 128
-"""Programs that compute t: fewer than an H100 has multiprocessors, so that all of them start at once."""
+"""Programs that compute t: fewer than an H100 has multiprocessors (132), so that all of them start at once. On an
+A100 (108) they do too, because several fit on each."""
 
 RANK_TILE = 16
-"""Rows of A that one of them takes, and columns of B that are added at a time."""
+"""Rows of A that one of them takes, and columns of B that are added at a time: the least that a tensor core takes."""
 
 STRETCH = 512
-"""Columns of A that one of them takes at least, if their number allows."""
+"""Columns of A that one of them takes at least, if their number allows. A guess: 16 KB of A, eight steps."""
 
 MAX_STRETCHES = 4
-"""Sums for each element of t, which every tile of y adds up anew."""
+"""Sums for each element of t at most. A guess: every tile of y adds them up anew, from the L2 cache."""
 
 PATIENCE = 1 << 16
-"""How often a program looks whether t is there, each time some hundred nanoseconds, before it computes t itself."""
+"""How often a program looks whether t is there before it computes t itself. A guess: it only has to be far longer than
+t takes. At some hundred nanoseconds for a look (a guess too, an atomic in the L2 cache) it is some ten milliseconds."""
 
 SIGNALS = 4
 """Counters before those of the tiles: two are used, four keep the rest aligned."""
 
 Form = Literal["fused", "separate", "factors"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The kernel of one format, as a low-rank addition needs it.
+
+    Args:
+        refuses: why it cannot take m rows of activations of a dtype with a weight of that format, None if it can.
+        multiply: the product of activations (m, k) by such a weight.
+    """
+
+    refuses: Callable[[Any, int, torch.dtype], str | None]
+    multiply: Callable[[Tensor, Any], Tensor]
+
+
+BASES = {
+    "quantized": Base(lambda base, m, dtype: quantized_matmul.refuses(base), quantized_matmul.quantized_matmul),
+    "block_sparse": Base(
+        lambda base, m, dtype: block_sparse_matmul.refuses(base, m), block_sparse_matmul.block_sparse_matmul
+    ),
+    "n_m_sparse": Base(n_m_matmul.refuses, n_m_matmul.n_m_matmul),
+    "unstructured": Base(
+        lambda base, m, dtype: unstructured_matvec.refuses(base, m), unstructured_matvec.unstructured_matvec
+    ),
+}
+"""By format, what a low-rank addition can follow."""
 
 
 @triton.jit
@@ -201,39 +223,29 @@ def low_rank_kernel(
     else:
         tile = (number - PROJECTIONS) % tiles
         split = (number - PROJECTIONS) // tiles
-        FIELDS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
-        BLOCK: tl.constexpr = FIELDS * RUN
-        BLOCK_WORDS: tl.constexpr = 2 * RUN if BITS == 3 else RUN
         row = tl.arange(0, BM)
         column = tile * BN + tl.arange(0, BN)
         inside = row < m
-        here = column < n_padded
-        acc = tl.zeros((BM, BN), tl.float32)
-        for block in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
-            group = 0 if GROUP == -1 else block * BLOCK // GROUP * n_padded
-            acc = add_block(
-                acc,
-                packed_x_ptr + row * k,
-                inside,
-                words_ptr + block * BLOCK_WORDS * n_padded + column,
-                upper_ptr + block * RUN * n_padded + column if BITS == 3 else None,
-                scale_ptr + group + column,
-                None if SYM else zero_ptr + group + column,
-                here,
-                block * BLOCK,
-                k,
-                n_padded,
-                BITS,
-                GROUP,
-                SYM,
-                RUN,
-                False,
-                EVEN_K,
-                USE_ASM,
-            )
-        if GROUP == -1:
-            acc *= tl.load(scale_ptr + column, mask=here, other=0.0).to(tl.float32)[None, :]
-        acc *= 1.0 / unit(x_ptr.dtype.element_ty == tl.bfloat16)
+        acc = accumulate(
+            packed_x_ptr + row * k,
+            inside,
+            words_ptr,
+            upper_ptr,
+            scale_ptr,
+            zero_ptr,
+            column,
+            split * blocks // SPLITS,
+            (split + 1) * blocks // SPLITS,
+            k,
+            n_padded,
+            BITS,
+            GROUP,
+            SYM,
+            RUN,
+            False,
+            EVEN_K,
+            USE_ASM,
+        )
         at = row[:, None] * n + column[None, :]
         exists = inside[:, None] & (column < n)[None, :]
         last = True
@@ -273,7 +285,7 @@ def low_rank_matmul(x: Tensor, packed: LowRank) -> Tensor:
         return _fused(x, packed)
     t = x @ packed.A.to(x.dtype).T
     B = packed.B.to(x.dtype)
-    return t @ B.T if packed.base is None else torch.addmm(_by_base(x, packed.base), t, B.T)
+    return t @ B.T if packed.base is None else torch.addmm(BASES[packed.base.format].multiply(x, packed.base), t, B.T)
 
 
 def form(packed: LowRank, m: int, dtype: torch.dtype) -> Form:
@@ -289,26 +301,9 @@ def refuses(packed: LowRank, m: int, dtype: torch.dtype) -> str | None:
     base = packed.base
     if base is None:
         return None
-    if isinstance(base, Quantized):
-        return quantized_matmul_refuses(base)
-    if isinstance(base, BlockSparse):
-        return block_sparse_matmul_refuses(base, m)
-    if isinstance(base, NMSparse):
-        return n_m_matmul_refuses(base, m, dtype)
-    if isinstance(base, Unstructured):
-        return unstructured_matvec_refuses(base, m)
-    return f"{base.format} weights have no Triton kernel that a low-rank addition could follow"
-
-
-def _by_base(x: Tensor, base: Packed) -> Tensor:
-    if isinstance(base, Quantized):
-        return quantized_matmul(x, base)
-    if isinstance(base, BlockSparse):
-        return block_sparse_matmul(x, base)
-    if isinstance(base, NMSparse):
-        return n_m_matmul(x, base)
-    assert isinstance(base, Unstructured)
-    return unstructured_matvec(x, base)
+    if base.format not in BASES:
+        return f"{base.format} weights have no Triton kernel that a low-rank addition could follow"
+    return BASES[base.format].refuses(base, m, dtype)
 
 
 def _fused(x: Tensor, packed: LowRank) -> Tensor:
@@ -358,7 +353,7 @@ def _fused(x: Tensor, packed: LowRank) -> Tensor:
         SPLITS=splits,
         PATIENCE=PATIENCE,
         EVEN_K=k == base.k_padded,
-        USE_ASM=x.device.type == "cuda",
+        USE_ASM=uses_asm(x.device),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

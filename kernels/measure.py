@@ -15,22 +15,13 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.kernels.backends import Backend, Matmul, Work, able, prepare
+from layerwise.kernels.backends import Backend, Matmul, Work, able, dense_backends, prepare
 from layerwise.kernels.dense import Dense
-from layerwise.kernels.device import Device, this_device
-from layerwise.kernels.dispatch import DENSE
+from layerwise.kernels.device import Device
+from layerwise.kernels.labels import DENSE
 from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.packed import Packed, rebuild
 from layerwise.kernels.timing import Call, Sampling, Timing, copies_needed, time_cpu, time_cuda
-
-DENSE_BACKENDS = {"cpu": ("linear", "matmul", "mkl", "onednn"), "cuda": ("cublas",)}
-"""The products of the dense weight, which take every format and are in every race."""
-
-CSR_BYTES = 8
-"""Of a nonzero in compressed rows: a float32 and an index."""
-
-FP8_SCALE_BYTES = 4
-"""Of the one scale of a row of 8-bit floats, each of a byte."""
 
 Admit = Callable[[str, Backend], bool]
 """Whether a backend takes part with a label."""
@@ -40,9 +31,6 @@ Lost = Callable[[str, Exception], None]
 
 Timer = Callable[[Mapping[str, Sequence[Call]], Sampling], dict[str, Timing]]
 """Times calls side by side: `time_cpu`, `time_cuda`."""
-
-Progress = Callable[[int, int, str], None]
-"""`(done, total, note)`; a unit of work is a race."""
 
 
 @dataclass(frozen=True)
@@ -78,44 +66,6 @@ def races(weights: Sequence[Packed], ms: Sequence[int], dtype: torch.dtype, devi
     return [
         Race(tuple(labels.values()), Work(m, dtype, device)) for labels in shapes.values() for m in dict.fromkeys(ms)
     ]
-
-
-def measure(
-    weights: Sequence[Packed],
-    ms: Sequence[int],
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    sampling: Sampling | None = None,
-    timer: Timer | None = None,
-    progress: Progress | None = None,
-) -> LatencyTable:
-    """Time every backend that takes a weight, and the dense products, for every shape and label.
-
-    Args:
-        weights: on any device; of those with equal shape and label one is timed.
-        ms: numbers of rows of the activations.
-        dtype: of the activations.
-        device: `cpu` or `cuda`.
-        sampling: how much is measured.
-        timer: that of the device if left out.
-        progress: told after each race.
-    Returns:
-        A table of this device.
-    Raises:
-        UsageError: nothing to measure, or no such device here.
-        NoisyMeasurement: times scatter too much.
-    """
-    here, sampling = this_device(device), sampling or Sampling()
-    planned = races(weights, ms, dtype, torch.device(device))
-    rows: list[Row] = []
-    for done, race in enumerate(planned):
-        if progress is not None:
-            progress(done, len(planned), race.note)
-        rows += run_race(race, sampling, timer)
-    if progress is not None:
-        progress(len(planned), len(planned), "races")
-    return table_of(here, rows, sampling)
 
 
 def table_of(here: Device, rows: Sequence[Row], sampling: Sampling) -> LatencyTable:
@@ -193,7 +143,7 @@ def run_together(
 def entrants(race: Race) -> Iterator[tuple[str, Backend, Packed]]:
     """(label, backend, weight) of all that take part: the dense products, then what takes a label as it is packed."""
     first, work = race.weights[0], race.work
-    always = DENSE_BACKENDS[work.device.type]
+    always = dense_backends(work.device.type)
     dense = Dense(first.shape, first.dense().to(device=work.device, dtype=work.dtype))
     for backend in able(dense, work).values():
         yield DENSE, backend, dense
@@ -207,22 +157,13 @@ def entrants(race: Race) -> Iterator[tuple[str, Backend, Packed]]:
 
 def rotation(packed: Packed, backend: Backend, work: Work, sampling: Sampling) -> list[Call]:
     """One call per copy of a weight, each with activations of its own."""
-    n_copies = copies_needed(bytes_read(packed, backend), sampling, work.device.type)
+    n_copies = copies_needed(backend.bytes_read(packed), sampling, work.device.type)
     generator = torch.Generator().manual_seed(0)
     calls = []
     for _ in range(n_copies):
         x = torch.randn(work.m, packed.shape[1], generator=generator).to(device=work.device, dtype=work.dtype)
         calls.append(_call(prepare(backend.name, _copy(packed), work), x))
     return calls
-
-
-def bytes_read(packed: Packed, backend: Backend) -> int:
-    """Bytes of the weight that one product reads: as it is packed, unless the backend lays it out wider."""
-    if backend.name == "csr":
-        return CSR_BYTES * packed.tensors["values"].numel()
-    if backend.name == "fp8":
-        return packed.shape[0] * (packed.shape[1] + FP8_SCALE_BYTES)
-    return packed.size_bytes
 
 
 def _call(matmul: Matmul, x: Tensor) -> Call:
@@ -239,7 +180,7 @@ def _row(timing: Timing, label: str, backend: Backend, packed: Packed, work: Wor
         timing,
         **_product(label, packed.shape, work),
         backend=backend.name,
-        size_bytes=bytes_read(packed, backend),
+        size_bytes=backend.bytes_read(packed),
         exact=backend.exact,
         dense=label == DENSE,
     )

@@ -23,19 +23,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from layerwise.errors import UsageError
-from layerwise.kernels.activations import on_its_device, ready
+from layerwise.kernels.activations import on_its_device, ready, uses_asm
 from layerwise.kernels.n_m_sparse import NMSparse
 from layerwise.kernels.split_k import finish, workspace
 
 MAX_M = 64
-"""Rows of activations."""
+"""Rows of activations. A guess: at 64 a dense product of 16-bit weights is still bound by memory on an H100."""
 
 BN = {16: 128, 32: 64}
 """Rows of W in a tile, by rows of x in it: 3.4 and 4.8 instructions for each place of W. At 16 rows, tiles of 64 spill
-registers for sm_90 (Triton 3.9); 64 rows of x in a tile make every warp of sm_80 expand the whole of it."""
+registers for sm_90 (Triton 3.9); 64 rows of x in a tile make every warp of sm_80 expand the whole of it. Counted in
+compiled code, not timed."""
 
 PROGRAMS = 264
-"""At least so many programs share the work if they can: two for each multiprocessor of an H100."""
+"""At least so many programs share the work if they can: two for each multiprocessor of an H100. A guess."""
 
 COLUMNS = 256
 """Columns of W that share a tile of words."""
@@ -193,7 +194,7 @@ def n_m_matmul(x: Tensor, packed: NMSparse) -> Tensor:
         BN=BN[BM],
         SPLITS=splits,
         DTYPE=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
-        USE_ASM=x.device.type == "cuda",
+        USE_ASM=uses_asm(x.device),
         **OPTIONS,
     )
     return y

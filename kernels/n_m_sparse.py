@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from layerwise.errors import UsageError
-from layerwise.kernels.half_values import HALVES, half_values
+from layerwise.kernels import labels
+from layerwise.kernels.half_values import dtype_name, half_values
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.planar import ROW_MULTIPLE, WORD
 
@@ -87,7 +88,7 @@ class NMSparse(Packed):
     @property
     def label(self) -> str:
         """`2:4-fp16`."""
-        return f"{self.n_kept}:{self.m_group}-{HALVES[self.values.dtype]}"
+        return labels.n_m_sparse(self.n_kept, self.m_group, dtype_name(self.values.dtype))
 
     @property
     def k_padded(self) -> int:

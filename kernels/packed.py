@@ -5,7 +5,7 @@ tested against, and a level with no kernel can still run. Kernels take the tenso
 in another order is put into that order when the weight is packed, not when it is used.
 
 Left out: which kernel runs it (`backends.py`), and how a level of a database becomes one
-(`layerwise.stages.levels.pack`).
+(`layerwise.stages.levels`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Packed(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """What decides its time beside the shape: `int4-g128-sym`. Two weights of one shape and label cost the same."""
+        """What decides its time beside the shape, spelled by `labels.py`: `int4-g128-sym`."""
 
     @abstractmethod
     def dense(self) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from layerwise.errors import UsageError
-from layerwise.kernels import planar
+from layerwise.kernels import labels, planar
 from layerwise.kernels.packed import Packed
 
 
@@ -111,9 +111,7 @@ class Quantized(Packed):
     @property
     def label(self) -> str:
         """`int4-g128-sym`, `int3-g64-asym`, `int8-channel-sym`, `int4-g128-sym-ordered`."""
-        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        ordered = "" if self.order is None else "-ordered"
-        return f"int{self.bits}-{group}-{'sym' if self.sym else 'asym'}{ordered}"
+        return labels.quantized(self.bits, self.group_size, self.sym, self.order is not None)
 
     @property
     def k_padded(self) -> int:

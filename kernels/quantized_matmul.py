@@ -26,7 +26,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import planar
-from layerwise.kernels.activations import on_its_device, ready
+from layerwise.kernels.activations import on_its_device, ready, uses_asm
 from layerwise.kernels.configs import Config, config_for
 from layerwise.kernels.dequantize import difference, offset, unit
 from layerwise.kernels.quantized import Quantized
@@ -104,6 +104,72 @@ def add_block(
 
 
 @triton.jit
+def accumulate(
+    x_at: tl.tensor,
+    inside: tl.tensor,
+    words_ptr: tl.tensor,
+    upper_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    column: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    k: tl.tensor,
+    n_padded: tl.tensor,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SYM: tl.constexpr,
+    RUN: tl.constexpr,
+    LEFT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_ASM: tl.constexpr,
+) -> tl.tensor:
+    """The share of a tile of y that some blocks of columns of the weight give, scaled.
+
+    Args:
+        x_at: (BM,), where the rows of x begin; `inside`, (BM,), which of them exist.
+        words_ptr: the whole weight, as are the next three.
+        column: (BN,), which columns of y.
+        first: the first block; `last` the one after the last.
+    Returns:
+        (BM, BN) float32; (BN, BM) if LEFT.
+    """
+    FIELDS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    BLOCK: tl.constexpr = FIELDS * RUN
+    BLOCK_WORDS: tl.constexpr = 2 * RUN if BITS == 3 else RUN
+    BM: tl.constexpr = inside.shape[0]
+    BN: tl.constexpr = column.shape[0]
+    here = column < n_padded
+    acc = tl.zeros((BN, BM) if LEFT else (BM, BN), tl.float32)
+    for block in range(first, last):
+        group = 0 if GROUP == -1 else block * BLOCK // GROUP * n_padded
+        acc = add_block(
+            acc,
+            x_at,
+            inside,
+            words_ptr + block * BLOCK_WORDS * n_padded + column,
+            upper_ptr + block * RUN * n_padded + column if BITS == 3 else None,
+            scale_ptr + group + column,
+            None if SYM else zero_ptr + group + column,
+            here,
+            block * BLOCK,
+            k,
+            n_padded,
+            BITS,
+            GROUP,
+            SYM,
+            RUN,
+            LEFT,
+            EVEN_K,
+            USE_ASM,
+        )
+    if GROUP == -1:
+        scale = tl.load(scale_ptr + column, mask=here, other=0.0).to(tl.float32)
+        acc *= scale[:, None] if LEFT else scale[None, :]
+    return acc * (1.0 / unit(x_at.dtype.element_ty == tl.bfloat16))
+
+
+@triton.jit
 def quantized_kernel(
     x_ptr: tl.tensor,  # (m, k) float16 or bfloat16
     words_ptr: tl.tensor,  # (k_padded / P, n_padded) int16, planar.py
@@ -130,43 +196,31 @@ def quantized_kernel(
     USE_ASM: tl.constexpr,
 ) -> None:
     """y = x · ŵᵀ: program (row tile, column tile, split) adds its share of the blocks of columns of the weight."""
-    FIELDS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
-    BLOCK: tl.constexpr = FIELDS * RUN
-    BLOCK_WORDS: tl.constexpr = 2 * RUN if BITS == 3 else RUN
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     split = tl.program_id(2)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = row < m
-    here = column < n_padded
-    x_at = x_ptr + row.to(tl.int64) * k
-    acc = tl.zeros((BN, BM) if LEFT else (BM, BN), tl.float32)
-    for block in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
-        group = 0 if GROUP == -1 else block * BLOCK // GROUP * n_padded
-        acc = add_block(
-            acc,
-            x_at,
-            inside,
-            words_ptr + block * BLOCK_WORDS * n_padded + column,
-            upper_ptr + block * RUN * n_padded + column if BITS == 3 else None,
-            scale_ptr + group + column,
-            None if SYM else zero_ptr + group + column,
-            here,
-            block * BLOCK,
-            k,
-            n_padded,
-            BITS,
-            GROUP,
-            SYM,
-            RUN,
-            LEFT,
-            EVEN_K,
-            USE_ASM,
-        )
-    if GROUP == -1:
-        scale = tl.load(scale_ptr + column, mask=here, other=0.0).to(tl.float32)
-        acc *= scale[:, None] if LEFT else scale[None, :]
-    acc *= 1.0 / unit(x_ptr.dtype.element_ty == tl.bfloat16)
+    acc = accumulate(
+        x_ptr + row.to(tl.int64) * k,
+        inside,
+        words_ptr,
+        upper_ptr,
+        scale_ptr,
+        zero_ptr,
+        column,
+        split * blocks // SPLITS,
+        (split + 1) * blocks // SPLITS,
+        k,
+        n_padded,
+        BITS,
+        GROUP,
+        SYM,
+        RUN,
+        LEFT,
+        EVEN_K,
+        USE_ASM,
+    )
     at = row.to(tl.int64)[:, None] * n + column[None, :]
     exists = inside[:, None] & (column < n)[None, :]
     if LEFT:
@@ -234,7 +288,7 @@ def launch(packed: Quantized, m: int, config: Config | None = None) -> Launch:
         "LEFT": config.left,
         "SPLITS": splits,
         "EVEN_K": k == packed.k_padded,
-        "USE_ASM": device.type == "cuda" and torch.version.hip is None,
+        "USE_ASM": uses_asm(device),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -254,8 +308,10 @@ def launch(packed: Quantized, m: int, config: Config | None = None) -> Launch:
 
 @cache
 def capability(device: torch.device) -> int:
-    """90 for 9.0; of the interpreter, which has none, the newest in the table."""
+    """90 for 9.0. The interpreter has none and takes the newest entries; AMD counts anew and takes the oldest."""
     if device.type != "cuda":
         return 90
+    if torch.version.hip is not None:
+        return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.kernels import block_sparse_matmul, low_rank_matmul, n_m_matmul, unstructured_matvec
 from layerwise.kernels.activations import ALIGNMENT, DTYPES, ready
-from layerwise.kernels.backends import Backend, Matmul, Work
+from layerwise.kernels.backends import Matmul, Product, Work
 from layerwise.kernels.block_sparse import BlockSparse
 from layerwise.kernels.low_rank import LowRank
 from layerwise.kernels.n_m_sparse import NMSparse
@@ -68,17 +68,15 @@ def _prepare_quantized(packed: Quantized, work: Work) -> Matmul:
     return multiply
 
 
-def _backend(
-    name: str,
+def _product(
     kind: type[Kind],
     what: str,
     refuses: Callable[[Kind, Work], str | None],
     prepare: Callable[[Kind, Work], Matmul],
-) -> Backend:
-    """A backend for one format.
+) -> Product:
+    """A product for one format.
 
     Args:
-        name: its name in BACKENDS.
         kind: the class of the format; `what` it is in words.
         refuses: why the kernel cannot take such a weight.
         prepare: its function of the activations.
@@ -93,7 +91,7 @@ def _backend(
         assert isinstance(packed, kind)
         return prepare(packed, work)
 
-    return Backend(name, "cuda", refuse, prepared)
+    return Product(refuse, prepared)
 
 
 def _prepare_low_rank(packed: LowRank, work: Work) -> Matmul:
@@ -101,13 +99,10 @@ def _prepare_low_rank(packed: LowRank, work: Work) -> Matmul:
     return lambda x: low_rank_matmul.low_rank_matmul(x, fitting)
 
 
-QUANTIZED = _backend(
-    "triton_quantized", Quantized, "quantized", lambda packed, _: refuses_groups(packed), _prepare_quantized
-)
+QUANTIZED = _product(Quantized, "quantized", lambda packed, _: refuses_groups(packed), _prepare_quantized)
 """2, 3, 4 and 8 bits, any number of rows (`quantized_matmul.py`)."""
 
-BLOCK_SPARSE = _backend(
-    "triton_block_sparse",
+BLOCK_SPARSE = _product(
     BlockSparse,
     "block-sparse",
     lambda packed, work: block_sparse_matmul.refuses(packed, work.m),
@@ -115,8 +110,7 @@ BLOCK_SPARSE = _backend(
 )
 """Kept blocks of 2, 3, 4 and 8 bits, up to 64 rows (`block_sparse_matmul.py`)."""
 
-LOW_RANK = _backend(
-    "triton_low_rank",
+LOW_RANK = _product(
     LowRank,
     "low-rank",
     lambda packed, work: low_rank_matmul.refuses(packed, work.m, work.dtype),
@@ -124,8 +118,7 @@ LOW_RANK = _backend(
 )
 """A weight with a kernel and a low-rank addition, in one launch where that is possible (`low_rank_matmul.py`)."""
 
-N_M = _backend(
-    "triton_n_m",
+N_M = _product(
     NMSparse,
     "N:M sparse",
     lambda packed, work: n_m_matmul.refuses(packed, work.m, work.dtype),
@@ -133,8 +126,7 @@ N_M = _backend(
 )
 """2:4, up to 64 rows (`n_m_matmul.py`)."""
 
-UNSTRUCTURED = _backend(
-    "triton_unstructured",
+UNSTRUCTURED = _product(
     Unstructured,
     "unstructured sparse",
     lambda packed, work: unstructured_matvec.refuses(packed, work.m),

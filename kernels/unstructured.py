@@ -1,11 +1,13 @@
-"""Unstructured sparse weights: the nonzeros of each row, and where they stand.
+"""Unstructured sparse weights: the kept weights of each row, and where they stand.
 
-The nonzeros of a row are cut into runs of eight. A run has a first column (16 bits), each of its weights an offset from
-it (8 bits): 3.25 bytes a nonzero. Where the next nonzero is more than 255 columns away the run ends early, filled with
-zeros that stand at its first column; so does the last run of a row. Compared with offsets inside fixed blocks of 256
-columns, where every block of every row is filled up to eight and has a pointer, this takes 5 % more at 50 % zeros and
-6 % less at 90 % (4096 columns); compared with 4-bit gaps it takes more, but a weight is found without a sum over those
-before it.
+The kept weights of a row are cut into runs of eight. A run has a first column (16 bits), each of its weights an offset
+from it (8 bits): with values of 16 bits 3.25 bytes a weight, of 32 bits 5.25. Where the next one is more than 255
+columns away the run ends early, filled with zeros that stand at its first column; so does the last run of a row.
+Compared with offsets inside fixed blocks of 256 columns, where every block of every row is filled up to eight and has a
+pointer, this takes 5 % more at 50 % zeros and 6 % less at 90 % (4096 columns); compared with 4-bit gaps it takes more,
+but a weight is found without a sum over those before it.
+
+Values stay as they are given, bit for bit: what is kept may be zero, of either sign.
 
 Left out: several rows of activations at a time beyond four. From there on the kernels that win expand the weight for
 tensor cores through shared memory, which Triton cannot express.
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.kernels.half_values import HALVES, half_values
+from layerwise.kernels import labels
+from layerwise.kernels.half_values import dtype_name
 from layerwise.kernels.packed import Packed
 
 RUN = 8
@@ -33,16 +36,20 @@ MAX_COLUMNS = 1 << 16
 """First columns have 16 bits."""
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""In which kept weights can be stored."""
+
+
 @dataclass(frozen=True, eq=False)
 class Unstructured(Packed):
-    """The nonzeros of a weight, row by row.
+    """The kept weights of a weight, row by row.
 
     Args:
-        values: (runs · 8,) float16 or bfloat16.
+        values: (runs · 8,) float16, bfloat16 or float32.
         offsets: (runs · 8,) uint8, from the first column of the run.
         firsts: (runs,) int16, the lower 16 bits of each run's first column.
         starts: (n + 1,) int32, the first run of each row; the last entry is the number of runs.
-        zeros_percent: of the weight's n · k elements how many are zero, rounded.
+        zeros_percent: of the weight's n · k elements how many are not kept, rounded.
     """
 
     format: ClassVar[str] = "unstructured"
@@ -55,27 +62,52 @@ class Unstructured(Packed):
 
     @classmethod
     def pack(cls, weight: Tensor, dtype: torch.dtype | None = None) -> Self:
-        """Lay a sparse weight out.
+        """Lay a sparse weight out: what is not zero is kept.
 
         Args:
             weight: (n, k), any float dtype.
-            dtype: of the stored weights; None keeps float16 and bfloat16 and rounds anything else to float16.
+            dtype: float16, bfloat16 or float32, to which the weight is rounded; None keeps its own.
         Raises:
-            UsageError: more than 65536 columns, or weights that are not finite.
+            UsageError: as `from_mask`.
         """
-        n, k = weight.shape
+        rounded = weight if dtype is None else weight.to(dtype)
+        kept = rounded != 0
+        return cls.from_mask(kept, rounded[kept])
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, values: Tensor) -> Self:
+        """Lay the kept weights of a pruned weight out.
+
+        Args:
+            mask: (n, k) bool, which weights are kept.
+            values: (kept,) float16, bfloat16 or float32, row by row, in the order of the columns.
+        Raises:
+            UsageError: more than 65536 columns, another dtype, more or fewer values than the mask keeps, or values that
+                are not finite.
+        """
+        n, k = mask.shape
         if k > MAX_COLUMNS:
             raise UsageError(f"a row of {k} columns cannot be packed: first columns have 16 bits ({MAX_COLUMNS})")
-        values = half_values(weight, dtype)
-        rows, columns = values.nonzero(as_tuple=True)
+        if values.dtype not in DTYPES:
+            known = ", ".join(map(dtype_name, DTYPES))
+            raise UsageError(f"unstructured weights are stored in {known}, not in {dtype_name(values.dtype)}")
+        rows, columns = mask.nonzero(as_tuple=True)
+        if values.shape != rows.shape:
+            raise UsageError(f"the mask keeps {len(rows)} weights, but there are {' x '.join(map(str, values.shape))}")
+        if not values.isfinite().all():
+            row = int(rows[~values.isfinite()][0])
+            raise UsageError(
+                f"row {row} of the weight is not finite in {dtype_name(values.dtype)}",
+                hint="bfloat16 and float32 reach further than float16; or make the level again if it is not finite",
+            )
         run_of, place = _cut(rows, columns)
         n_runs = int(run_of[-1]) + 1 if len(run_of) else 0
         opens = place == 0
         firsts = columns[opens]
         stored = values.new_zeros(n_runs * RUN)
-        offsets = torch.zeros(n_runs * RUN, dtype=torch.uint8, device=weight.device)
+        offsets = torch.zeros(n_runs * RUN, dtype=torch.uint8, device=values.device)
         at = run_of * RUN + place
-        stored[at] = values[rows, columns]
+        stored[at] = values
         offsets[at] = (columns - firsts[run_of]).to(torch.uint8)
         per_row = torch.bincount(rows[opens], minlength=n)
         return cls(
@@ -84,22 +116,25 @@ class Unstructured(Packed):
             offsets=offsets,
             firsts=firsts.to(torch.int16),
             starts=torch.cat([per_row.new_zeros(1), per_row.cumsum(0)]).to(torch.int32),
-            zeros_percent=round(100 * (1 - len(rows) / max(1, n * k))),
+            zeros_percent=labels.percent(n * k - len(rows), n * k),
         )
 
     @property
     def label(self) -> str:
         """`unstructured-fp16-50%`."""
-        return f"unstructured-{HALVES[self.values.dtype]}-{self.zeros_percent}%"
+        return labels.unstructured(self.zeros_percent, dtype_name(self.values.dtype))
 
     def dense(self) -> Tensor:
-        """The weight with its zeros, in float32."""
+        """The weight with its zeros: (n, k), float32, exact."""
         n, k = self.shape
         row_of_run = torch.repeat_interleave(torch.arange(n, device=self.starts.device), self.starts.diff().long())
         first = (self.firsts.long() & (MAX_COLUMNS - 1)).repeat_interleave(RUN)
         at = row_of_run.repeat_interleave(RUN) * k + first + self.offsets.long()
-        # Adding, not setting: what fills a run up stands at its first column, where there is a weight already.
-        return torch.zeros(n * k, device=at.device).index_add_(0, at, self.values.float()).view(n, k)
+        opens = torch.arange(len(at), device=at.device) % RUN == 0
+        kept = opens | (self.offsets != 0)  # what fills a run up stands at its first column, behind the weight there
+        weight = torch.zeros(n * k, device=at.device)
+        weight[at[kept]] = self.values[kept].float()
+        return weight.view(n, k)
 
 
 def _cut(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

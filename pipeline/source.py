@@ -9,8 +9,8 @@ Modules that are looked up in a table of texts such as "package.module:function"
 kernels counts as an import of each of them, because a dispatcher may take any. Of other tables a parameter chooses an
 entry, so the parameters say which by a method `sources() -> Iterable[str]`, and a new line changes no digest.
 
-Left out: what is not Python, other people's packages that a plug-in builds on, and solvers and tables of results, for
-which `impl` is raised by hand.
+Left out: what is not Python, other people's packages that a plug-in builds on, and tables of results, for which `impl`
+is raised by hand.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import layerwise
 
-PACKAGES = ("layerwise.stages", "layerwise.kernels")
+PACKAGES = ("layerwise.stages", "layerwise.kernels", "layerwise.solvers")
 """Those of our packages whose modules count."""
 
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

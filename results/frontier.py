@@ -34,6 +34,12 @@ HELDOUT: Mapping[str, str] = {"heldout_kl": "kl", "heldout_perplexity": "perplex
 _UNREPAIRED = {"allocate", "apply"}
 """Stages whose model is the allocation itself; behind any other, a recovery say, it has been changed."""
 
+_MISSING = {
+    True: "a run of an earlier layerwise has none; run the workflow again",
+    False: "add a `latency` stage to what `allocate` needs",
+}
+"""What to do about a cost that no allocation has, by whether levels alone tell it."""
+
 COLUMNS = [
     "run",
     "stage",
@@ -83,10 +89,13 @@ def frontier_table(
         The columns `COLUMNS`, by rising cost. `ranked_by` names the loss that was used, `metric` what `kl` measured in
         the search. Held-out figures are those of the allocation itself, not of a model repaired afterwards.
     Raises:
-        UsageError: no such run, no such stage in it, no allocation (of that solver) yet, or none with that cost.
+        UsageError: no such cost, no such run, no such stage in it, no allocation (of that solver) yet, or none with
+            that cost.
     """
     import pandas as pd
 
+    if over not in RESOURCES:
+        raise UsageError(f"there is no cost {over!r}", hint=f"there are {', '.join(RESOURCES)}")
     run = find_run(store, run)
     stages = latest_stages(store, run)
     names = {row["stage_key"]: name for name, row in stages.items() if stage in (None, name, name.split("@")[0])}
@@ -111,7 +120,7 @@ def frontier_table(
         what = "milliseconds" if over == "ms" else over
         raise UsageError(
             f"run {run} has no {what}: no allocation of it has any",
-            hint="add a `latency` stage to what `allocate` needs, or choose another cost with --over",
+            hint=f"{_MISSING[RESOURCES[over].of_levels]}, or choose another cost with --over",
         )
     ranked_by = _ranked_by(frame, loss)
     frame["ranked_by"] = ranked_by

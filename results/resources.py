@@ -66,6 +66,12 @@ RESOURCES: Mapping[str, Resource] = {
         "model",
         level_column="flops",
     ),
+    "depth": Resource(
+        "blocks of the model that are run, a half-block counting half",
+        "blocks that are run",
+        "model",
+        level_column="depth",
+    ),
     "ms": Resource(
         "milliseconds of the whole model's forward pass, as the latency stage measured its parts",
         "milliseconds of the forward pass, predicted",

@@ -1,9 +1,9 @@
 """The tables of the results store and their columns.
 
 The tables are literals of type names, so that columns can be checked and documented without pyarrow (which costs half a
-second to import); `arrow_schema` makes pyarrow's own object of one. Columns are only ever added, nullable, at the end
-of their table, together with a higher `SCHEMA_VERSION`; none is renamed or changes its type. So every layerwise reads
-every file: a column that is not there yet is NULL, one that it does not know is passed over.
+second to import); `arrow_schema` makes pyarrow's own object of one. With a higher `SCHEMA_VERSION` columns are added,
+nullable, or left out; none gets another meaning, and a type only a wider one. So every layerwise reads every file: a
+column that is not there yet is NULL, one that it does not know is passed over.
 
 A number that could not be measured is NULL with a `status` that says why, never NaN.
 """
@@ -107,7 +107,9 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "device": "string",
         "fingerprint": "string",
         "quality": "float64",  # on a CPU: process time over wall time while it was measured
-        "status": "string",  # measured, no_kernel (timed as the dense weight), fitted (the rest), nan (no such level)
+        # measured, no_kernel (timed as the dense weight), fitted (the rest), in_rest (no linear layer: it runs decoded,
+        # or not at all), not_offered, nan (no such level)
+        "status": "string",
     },
     "candidates": {
         "candidate": "string",

@@ -248,13 +248,11 @@ def _checked(table: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(column: str, kind: str, value: Any) -> Any:
-    """A value without numpy, and without the two conversions of pyarrow that would lose something silently."""
+    """A value without numpy, and without a conversion of pyarrow that would lose something silently."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, float) and kind.startswith("int"):
         _demand(value.is_integer(), f"{column} takes {kind}, not {value}")
         return int(value)
-    if isinstance(value, bool) and kind == "string":
-        return json.dumps(value)  # a choice such as `true | false | static`, spelled as in the workflow
     return value
 
 

@@ -10,6 +10,7 @@ from layerwise.stages.contract import Stage
 from layerwise.stages.registry import lookup, names
 
 STAGES = {
+    "transform": "layerwise.stages.transform.stage:STAGE",
     "calibrate": "layerwise.stages.calibrate.stage:STAGE",
     "compress": "layerwise.stages.compress.stage:STAGE",
     "profile": "layerwise.stages.profile.stage:STAGE",

@@ -218,10 +218,3 @@ class Context:
     def optional(self, port: str) -> Path | None:
         """The artifact folder of a port that may be empty."""
         return next(iter(self.inputs[port]), None)
-
-    def model_of(self, port: str) -> ModelSource:
-        """The model of an optional port: that of its `model` artifact, or the workflow's."""
-        from layerwise.stages.models.compressed import source_of
-
-        folder = self.optional(port)
-        return self.model if folder is None else source_of(folder, self.model)

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from layerwise.pipeline.commands.options import TO_READ, Format
+from layerwise.results.resources import RESOURCES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,15 +21,20 @@ def print_table(frame: pd.DataFrame, format_: Format) -> None:
     print(format_table(frame, format_), end="")
 
 
-def print_frontier(frame: pd.DataFrame, format_: Format) -> None:
-    """A frontier; for people without the columns that say the same in every row."""
+def print_frontier(frame: pd.DataFrame, format_: Format, over: str | None = None) -> None:
+    """A frontier; for people without the columns that say the same in every row.
+
+    Of the costs they see the three figures of size that always stand side by side, the milliseconds if there are any,
+    and the one that was asked for.
+    """
     if format_ in TO_READ and len(frame):
         same = frame.iloc[0]
         text = "" if same["ranked_by"] == "kl" else f" on {same['heldout_data']}"
         print(f"run {same['run']}, Pareto frontier by {same['ranked_by']}{text}\n")
         frame = frame.drop(columns=["run", "metric", "heldout_data", "ranked_by"])
         frame = frame.drop(columns=[name for name in ("on_front",) if frame[name].all()])
-        frame = frame.drop(columns=[name for name in ("ms",) if frame[name].isna().all()])
+        shown = {"bits", "effective_bits", "bytes", over, None if frame["ms"].isna().all() else "ms"}
+        frame = frame.drop(columns=[name for name in RESOURCES if name not in shown])
     print_table(frame, format_)
 
 

@@ -11,13 +11,12 @@ import typer
 
 from layerwise.pipeline.commands.options import RESULTS, TO_READ, FormatOption, ResultsOption, RunArgument, open_store
 from layerwise.pipeline.commands.printing import print_frontier, print_table
+from layerwise.results.resources import RESOURCES
 
 
 def frontier(
     run: RunArgument = None,
-    over: Annotated[
-        Literal["bits", "effective_bits", "bytes", "ms"], typer.Option(help="the cost on one axis")
-    ] = "bits",
+    over: Annotated[str, typer.Option(help=f"the cost on one axis: {', '.join(RESOURCES)}")] = "bits",
     loss: Annotated[
         Literal["heldout_kl", "heldout_perplexity", "kl"] | None,
         typer.Option(help="the loss on the other; held-out KL if everything has it"),
@@ -39,7 +38,7 @@ def frontier(
 
         plot_frontier(read(dominated=True), plot, over, loss, dense_losses(store, run))
         print(f"wrote {plot}", file=sys.stderr)
-    print_frontier(read(dominated=all_), format_)
+    print_frontier(read(dominated=all_), format_, over)
 
 
 def show(

@@ -83,7 +83,7 @@ class CostTable:
         for row, unit in enumerate(self.units):
             for column, level in enumerate(unit.levels):
                 if level.costs is not None:
-                    table[row, column] = level.costs[resource]
+                    table[row, column] = level.costs.get(resource, 0.0)  # 0 of what was not counted then
         return table
 
     @cached_property
@@ -97,24 +97,38 @@ class CostTable:
     # --- what is inside what ---
 
     @cached_property
-    def _inside(self) -> dict[int, list[int]]:
-        """Of each parent, the rows of what it is directly above."""
-        rows = {unit.name: row for row, unit in enumerate(self.units)}
-        found: dict[int, list[int]] = {}
-        for row, unit in enumerate(self.units):
-            if unit.unit.parent is not None:
-                found.setdefault(rows[unit.unit.parent], []).append(row)
-        return found
+    def _rows(self) -> dict[str, int]:
+        return {unit.name: row for row, unit in enumerate(self.units)}
+
+    @cached_property
+    def _drops(self) -> dict[int, int]:
+        """Of each parent that may be dropped, the level that does it."""
+        return {
+            row: column
+            for row, unit in enumerate(self.units)
+            for column, level in enumerate(unit.levels)
+            if level.recipe is not None and level.recipe["encoding"] == "drop"
+        }
 
     @cached_property
     def nested(self) -> dict[tuple[int, int], list[int]]:
-        """By parent and level that drops it, what is not there then."""
-        return {
-            (row, column): inside
-            for row, inside in self._inside.items()
-            for column, level in enumerate(self.units[row].levels)
-            if level.recipe is not None and level.recipe["encoding"] == "drop"
-        }
+        """By parent and level that drops it, what is not there then; what is inside of that is listed with it."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for row, unit in enumerate(self.units):
+            parent = unit.unit.parent
+            while parent is not None and self._rows[parent] not in self._drops:
+                parent = self.units[self._rows[parent]].unit.parent
+            if parent is not None:
+                found.setdefault((self._rows[parent], self._drops[self._rows[parent]]), []).append(row)
+        return found
+
+    @cached_property
+    def _blocks(self) -> list[tuple[int, list[int]]]:
+        """Blocks that may be dropped, each with the halves that it is made of, if these may be dropped, too."""
+        found = [
+            (self._rows[block], [self._rows[half] for half in halves]) for block, halves in self.index.halves.items()
+        ]
+        return [(block, halves) for block, halves in found if {block, *halves} <= set(self._drops)]
 
     def present(self, genome: Sequence[int]) -> NDArray[np.bool_]:
         """(units,): what is there, not inside a parent that is dropped."""
@@ -127,12 +141,9 @@ class CostTable:
     def canonical(self, genome: Sequence[int]) -> list[int]:
         """The same model by its one genome: 0 for what is not there, and a block for all of its halves."""
         canonical = [int(level) for level in genome]
-        drops = dict(self.nested.keys())
-        for row, inside in self._inside.items():
-            halves = [child for child in inside if self.units[child].is_parent]
-            complete = len(halves) > 1 and len(halves) == len(inside)
-            if row in drops and complete and all(canonical[child] == drops.get(child) for child in halves):
-                canonical[row] = drops[row]
+        for block, halves in self._blocks:
+            if all(canonical[half] == self._drops[half] for half in halves):
+                canonical[block] = self._drops[block]
         for row in np.flatnonzero(~self.present(canonical)).tolist():
             canonical[row] = UNCHANGED
         return canonical
@@ -151,8 +162,8 @@ class CostTable:
         Raises:
             InfeasibleBudget: below the least reachable.
             NotFinite: none of the levels of a unit could be made.
-            UsageError: above the greatest reachable, where it would no longer decide anything; or of a resource that
-                nothing is known of.
+            UsageError: above the greatest reachable, where it would no longer decide anything; of a resource that
+                nothing is known of; or none of the levels of a unit has a loss.
         """
         self._check_known(budget)
         table = None
@@ -167,6 +178,11 @@ class CostTable:
                 raise NotFinite(
                     f"unit {unit.name} has no level to choose: {errors[0] if errors else 'none is offered'}",
                     hint="mend the model, leave the unit out (`ignore`), or offer it as it is (`{method: dense}`)",
+                )
+            if table is not None and not np.isfinite(table[self._rows[unit.name]][offered]).any():
+                raise UsageError(
+                    f"the profile has no loss for any level of {unit.name}",
+                    hint="profile kl, which every level has, or calibrate the unit, too (`targets`)",
                 )
         problem = Problem(
             {resource: np.where(self.offered, amounts, np.inf) for resource, amounts in self.costs.items()},

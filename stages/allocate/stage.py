@@ -173,6 +173,9 @@ def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mi
     for profile in profiles:
         if params.needs_losses and params.loss not in profile.metrics:
             yield ("loss",), f"the profile does not measure {params.loss}, only {', '.join(profile.metrics)}"
+    droppable = [entry for made in feeding.get("database", ()) for entry in made.menu if entry.parents()]
+    if droppable and profiles and params.loss != "kl":
+        yield ("loss",), f"only kl knows what a dropped part costs: with {params.loss} none would ever be dropped"
     if "ms" in params.budgets and not feeding.get("latency"):
         yield ("budgets", "ms"), "milliseconds must have been measured: add a `latency` stage to needs"
     if params.solver == "dp" and len(params.budgets) > 1:

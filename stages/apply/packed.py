@@ -60,7 +60,7 @@ def save_packed(folder: Path, database: Database, levels: Mapping[str, str]) -> 
         database: holds the levels.
         levels: unit to level name.
     Returns:
-        the units whose level has no kernel.
+        the units whose level has no kernel; parents need none.
     """
     from safetensors.torch import save_file
 
@@ -71,7 +71,8 @@ def save_packed(folder: Path, database: Database, levels: Mapping[str, str]) -> 
     for unit, packed in pack_units(database, levels).items():
         settings[unit] = packed.settings
         tensors |= {f"{unit}/{part}": tensor.contiguous() for part, tensor in packed.tensors.items()}
-    without = [unit for unit in levels if settings.get(unit, {}).get("format") in (None, Dense.format)]
+    weights = [unit for unit in levels if not database.index.by_name[unit].is_parent]
+    without = [unit for unit in weights if settings.get(unit, {}).get("format") in (None, Dense.format)]
     save_file({name: tensors[name] for name in sorted(tensors)}, folder / TENSORS)
     document = {"units": settings, "no_kernel": without}
     (folder / SETTINGS).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -77,18 +77,23 @@ def _levels(
 
     source = database.model(workflow)
     before = None if source.compressed is None else CompressedModel(source.compressed)
+    gone: set[str] = set()
     for entry in database.units:
         name = allocation.levels.get(entry.name)
         if name is None or (entry.is_parent and name == entry.levels[UNCHANGED].name):
             continue  # inside of what is dropped, or a parent that stays
         level = database.level(entry.name, name)
+        if entry.is_parent:
+            gone.add(entry.name)
         if level.recipe["encoding"] != "dense":
             yield CompressedUnit(entry.unit, entry.stored, name), level
-    if before is not None:
-        known = {entry.name for entry in database.units}
-        for made in before.document.units:
-            if made.unit.name not in known:
-                yield made, before.level(made.unit.name)
+    if before is None:
+        return
+    there = set(allocation.levels) - gone
+    carried = {unit for unit, parent in database.index.carried.items() if parent is None or parent in there}
+    for made in before.document.units:
+        if made.unit.is_parent or made.unit.name in carried:
+            yield made, before.level(made.unit.name)
 
 
 STAGE = Stage(

@@ -63,6 +63,13 @@ def fill(params: CalibrateParams, behind: Sequence[Params]) -> CalibrateParams:
     return params.model_copy(update={"statistics": in_order(needed)})
 
 
+def notes(params: CalibrateParams, model: ModelSource) -> Iterable[str]:
+    """What stays as it is, of a model that is looked at quickly."""
+    from layerwise.stages.models.selection import noted
+
+    return noted(model, params.targets, params.ignore)
+
+
 def calibrate(context: Context, params: CalibrateParams) -> None:
     """Write the statistics of every part of the network, and `statistics.json`.
 
@@ -71,7 +78,7 @@ def calibrate(context: Context, params: CalibrateParams) -> None:
         UnsupportedModel: the model cannot be taken apart, or no unit is chosen.
     """
     from layerwise.stages.calibrate.statistics import INDEX, MODEL
-    from layerwise.stages.models.compressed import adopt
+    from layerwise.stages.models.compressed import adopt, model_of
     from layerwise.stages.models.survey import Survey
 
     names = ["hessian"] if params.statistics is None else params.statistics
@@ -79,7 +86,7 @@ def calibrate(context: Context, params: CalibrateParams) -> None:
     shards = range(params.shards)
     work = partial(
         _collect_shard,
-        model=context.model_of("model"),
+        model=model_of(context, "model"),
         params=params,
         statistics=names,
         tokens=tokens,
@@ -180,4 +187,5 @@ STAGE = Stage(
     takes={"model": Port("model", optional=True)},
     data=("data",),
     fill=fill,
+    notes=notes,
 )

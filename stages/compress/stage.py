@@ -7,7 +7,8 @@ A unit that too few calibration tokens reached (an expert) gets them from the me
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -147,21 +148,42 @@ class _Chosen:
         A unit's parent is the innermost of those that get levels themselves.
         """
         found = [*self.parents, *(unit for unit, _ in self.units)]
-        given = {parent.name for parent in self.parents}
-        above = {parent.name: parent.parent for parent in self.survey.parents}
+        found.sort(key=lambda unit: (unit.positions[0], not unit.is_parent))
+        return [replace(unit, parent=self.innermost(unit)) for unit in found]
 
-        def linked(unit: Unit) -> Unit:
-            parent = unit.parent
-            while parent is not None and parent not in given:
-                parent = above[parent]
-            return replace(unit, parent=parent)
+    @property
+    def given(self) -> set[str]:
+        """Names of the parents."""
+        return {parent.name for parent in self.parents}
 
-        return [linked(unit) for unit in sorted(found, key=lambda unit: (unit.positions[0], not unit.is_parent))]
+    def innermost(self, unit: Unit) -> str | None:
+        """The innermost parent with levels that a unit is in."""
+        return self.survey.innermost(unit.parent, self.given)
+
+    @cached_property
+    def others(self) -> dict[str, Unit]:
+        """Units that get no levels."""
+        wanted = {unit.name for unit, _ in self.units}
+        return {unit.name: unit for unit, _ in self.survey.units if unit.name not in wanted}
+
+    @cached_property
+    def carried(self) -> dict[str, Level]:
+        """Of those, the ones that were compressed before: what the model has of them."""
+        from layerwise.stages.models.compressed import CompressedModel
+
+        if self.source.compressed is None:
+            return {}
+        model = CompressedModel(self.source.compressed)
+        return {name: model.level(name) for name in model.levels if name in self.others}
 
     def item(self, unit: Unit) -> dict[str, Any]:
         """What a worker needs to know of a unit."""
         stored = self.places.get(unit.name)
-        count = self.counts.get(unit.name, 0) if unit.multiplied and self.statistics is not None else None
+        count = (
+            self.counts.get(unit.name, 0)
+            if stored is not None and unit.multiplied and self.statistics is not None
+            else None
+        )
         return {
             "unit": unit.as_json(),
             "stored": None if stored is None else stored.as_json(),
@@ -192,9 +214,10 @@ def compress(context: Context, params: CompressParams) -> None:
     units = chosen.in_order
     items = [chosen.item(unit) for unit in units]
     answers = context.executor.map(work, items, keys=[unit.name for unit in units], note="units")
-    rest, own = _beside(chosen)
-    entries = [_with_own_costs(UnitEntry.from_json(answer), own) for answer in answers]
-    write_index(context.out, entries, rest)
+    beside = _beside(chosen)
+    entries = [_with_own_costs(UnitEntry.from_json(answer), beside) for answer in answers]
+    carried = {name: chosen.innermost(chosen.others[name]) for name in chosen.carried}
+    write_index(context.out, entries, beside[None], halves=chosen.survey.halves(chosen.given), carried=carried)
     _take_over(context.items / "units", context.out / "units")
     if chosen.folder is not None:
         adopt(chosen.folder, context.out / MODEL)
@@ -215,12 +238,13 @@ def _take_over(finished: Path, target: Path) -> None:
 
 def _choose(context: Context, params: CompressParams) -> _Chosen:
     from layerwise.stages.calibrate.statistics import MODEL, Statistics
+    from layerwise.stages.models.compressed import model_of
     from layerwise.stages.models.survey import Survey, survey_model
 
     folder = context.optional("statistics")
     statistics = None if folder is None else Statistics(folder)
     if statistics is None:
-        model, source = context.optional("model"), context.model_of("model")
+        model, source = context.optional("model"), model_of(context, "model")
         (document,) = context.executor.map(survey_model, [source], keys=["survey"])
         survey, selected = Survey.from_json(document), None
         counts: Mapping[str, int] = {}
@@ -235,6 +259,8 @@ def _choose(context: Context, params: CompressParams) -> _Chosen:
     else:
         units = select_units([unit for unit in units if unit.name in selected], ["re:"], params.ignore)
     wanted = {unit.name for unit in units}
+    if statistics is not None and params.needs_statistics:
+        _check_calibrated(wanted - set(statistics.selected))
     chosen = [(unit, stored) for unit, stored in survey.units if unit.name in wanted]
     parents = _parents(params, survey)
     note = left_alone(survey, wanted)
@@ -247,8 +273,18 @@ def _check_gathered(params: CompressParams, statistics: Statistics) -> None:
     missing = [name for name in params.needs_statistics if name not in statistics.gathered]
     if missing:
         raise UsageError(
-            f"the menu needs {', '.join(missing)}, but the statistics have only {', '.join(statistics.gathered)}",
+            f"the menu needs {', '.join(missing)}, but the statistics have only "
+            f"{', '.join(statistics.gathered) or 'nothing'}",
             hint="add it to `statistics` of the calibrate stage, or leave that key out",
+        )
+
+
+def _check_calibrated(missing: set[str]) -> None:
+    if missing:
+        raise UsageError(
+            f"the menu needs statistics, but {len(missing)} of its units were not calibrated, the first is "
+            f"{min(missing)}",
+            hint="give the calibrate stage the same `targets`, or leave them out here",
         )
 
 
@@ -270,37 +306,39 @@ def _parents(params: CompressParams, survey: Survey) -> list[Unit]:
     return found
 
 
-def _beside(chosen: _Chosen) -> tuple[dict[str, float], dict[str | None, tuple[int, int]]]:
-    """What everything uses that gets no level: the rest of the model by resource, and by parent bytes and values."""
-    from layerwise.stages.models.compressed import CompressedModel
+Amounts = dict[str, float]
+"""By resource."""
 
-    wanted = {unit.name for unit, _ in chosen.units}
-    others = {unit.name: unit for unit, _ in chosen.survey.units if unit.name not in wanted}
-    carried = {}
-    if chosen.source.compressed is not None:
-        model = CompressedModel(chosen.source.compressed)
-        carried = {name: model.level(name) for name in model.levels if name in others}
-    own = chosen.survey.left([*(unit for unit, _ in chosen.units), *(others[name] for name in carried)], chosen.parents)
-    size_bytes, parameters = own[None]
-    rest = {
-        "bytes": size_bytes + sum(level.size_bytes for level in carried.values()),
-        "parameters": parameters + sum(level.parameters for level in carried.values()),
-        "flops": sum(
-            2 * unit.share * (carried[name].parameters if name in carried else unit.n_weights)
-            for name, unit in others.items()
-            if unit.role != "embedding"
-        ),
+
+def _beside(chosen: _Chosen) -> dict[str | None, Amounts]:
+    """What everything uses that gets no level: by the innermost parent with levels that it is in, None for the rest."""
+    known = [*(unit for unit, _ in chosen.units), *(chosen.others[name] for name in chosen.carried)]
+    beside: dict[str | None, Amounts] = {
+        parent: {"bytes": size_bytes, "parameters": parameters, "flops": 0.0}
+        for parent, (size_bytes, parameters) in chosen.survey.left(known, chosen.parents).items()
     }
-    return rest, own
+    for name, unit in chosen.others.items():
+        own, level = beside[chosen.innermost(unit)], chosen.carried.get(name)
+        if level is not None:
+            own["bytes"] += level.size_bytes
+            own["parameters"] += level.parameters
+        if unit.role != "embedding":
+            own["flops"] += 2 * unit.share * (unit.n_weights if level is None else level.parameters)
+    # A block that can be dropped is one of the blocks that are run; where its halves can be, too, each is half of it.
+    halves = Counter(parent.parent for parent in chosen.parents if parent.role != "block")
+    for parent in chosen.parents:
+        beside[parent.name]["depth"] = 1 - halves[parent.name] / 2 if parent.role == "block" else 0.5
+    n_blocks = sum(parent.role == "block" for parent in chosen.survey.parents)
+    beside[None]["depth"] = n_blocks - sum(beside[parent.name]["depth"] for parent in chosen.parents)
+    return beside
 
 
-def _with_own_costs(entry: UnitEntry, own: Mapping[str | None, tuple[int, int]]) -> UnitEntry:
-    """A parent pays for what is in it and no unit: its norms and biases, unless it is dropped."""
+def _with_own_costs(entry: UnitEntry, beside: Mapping[str | None, Amounts]) -> UnitEntry:
+    """A parent pays for what is in it and has no level: its norms and biases, unless it is dropped."""
     if not entry.is_parent:
         return entry
-    size_bytes, parameters = own[entry.name]
     levels = tuple(
-        replace(level, costs={**level.costs, "bytes": size_bytes, "parameters": parameters})
+        replace(level, costs={**level.costs, **beside[entry.name]})
         if level.recipe is not None and level.costs is not None and level.recipe["encoding"] == "keep"
         else level
         for level in entry.levels
@@ -328,7 +366,8 @@ def _compress_unit(
     unit = Unit.from_json(item["unit"])
     stored = None if item["stored"] is None else Stored.from_json(item["stored"])
     maker = _Maker(unit, stored, source, statistics, item["tokens"], params.least_tokens)
-    entries = [maker.unchanged(offered=unit.is_parent or params.offers_unchanged)]
+    taken = {name for entry in params.menu for name in entry.level_names()}
+    entries = [maker.unchanged(taken, offered=unit.is_parent or params.offers_unchanged)]
     for number, entry in enumerate(params.menu):
         if unit.role in entry.parents() if unit.is_parent else not entry.parents():
             entries += maker.from_block(entry, blocks, number) if entry.scope == "block" else maker.make(entry)
@@ -363,6 +402,7 @@ class _Maker:
 
         self.unit, self.tokens, self.least_tokens = unit, tokens, least_tokens
         self.levels: list[Level] = []
+        self._stored, self._folder = stored, source.path
         self._statistics = None if statistics is None else Statistics(statistics)
         self._before = parent_level("keep") if stored is None else Weights(source).level(unit.name, stored)
         self._task = task_of({unit.name: (unit, self._before)}, self._statistics)
@@ -379,15 +419,34 @@ class _Maker:
         known = self.unit.name in self._statistics.selected and (self.tokens != 0)
         return self._statistics.tensor(self.unit, "hessian") if known else None
 
-    def unchanged(self, *, offered: bool) -> LevelEntry:
-        """The entry of what the model has already."""
-        (entry,) = self._described([self._before])
-        return replace(entry, offered=offered)
+    def unchanged(self, taken: Collection[str], *, offered: bool) -> LevelEntry:
+        """The entry of what the model has already.
+
+        It is off by nothing, whatever the statistics are, and takes the bytes that it takes in the checkpoint, where a
+        tied weight may stand twice. What was made before by the same method gets a name of its own.
+
+        Args:
+            taken: names of the levels that are made now.
+            offered: whether a search may choose it.
+        """
+        from layerwise.stages.levels.database import describe_failure
+        from layerwise.stages.models.checkpoint import Checkpoint
+
+        while self._before.name in taken:
+            self._before = replace(self._before, name=f"{self._before.name} (before)")
+        try:
+            (entry,) = self._described([self._before], hessian=None)
+        except NotFinite as error:
+            return replace(describe_failure(self._before.name, error.message), offered=offered)
+        costs = dict(entry.costs or {})
+        if self._stored is not None and self._before.recipe["encoding"] == "dense":
+            costs["bytes"] = self._stored.size_bytes(Checkpoint(self._folder))
+        exact = None if self._hessian is None else 0.0
+        return replace(entry, costs=costs, output_error=exact, offered=offered)
 
     def make(self, entry: MenuEntry) -> list[LevelEntry]:
         """The levels of one menu entry."""
-        few = self.tokens is not None and self.tokens < self.least_tokens and entry.needs
-        if few:
+        if entry.needs and too_few(self.tokens, self.least_tokens):
             return self._fall_back(entry, f"only {self.tokens} calibration tokens reached it")
         try:
             return self._keep(find_compressor(entry.method).run(self._task, entry)[self.unit.name])
@@ -401,11 +460,16 @@ class _Maker:
         assert blocks is not None
         if self.unit.block is None:
             return self._fall_back(entry, "it stands in no block")
+        if too_few(self.tokens, self.least_tokens):
+            return self._fall_back(entry, f"only {self.tokens} calibration tokens reached it")
         failure = blocks / str(number) / f"{self.unit.block}.failed"
         if failure.is_file():
             return self._failed(entry, NotFinite(failure.read_text(encoding="utf-8")))
         file, recipes = open_unit(blocks / str(number), self.unit.name)
-        return self._keep([read_level(file, recipes, name) for name in entry.level_names()])
+        try:
+            return self._keep([read_level(file, recipes, name) for name in entry.level_names()])
+        except NotFinite as error:
+            return self._failed(entry, error)
 
     def _fall_back(self, entry: MenuEntry, why: str) -> list[LevelEntry]:
         from layerwise.stages.levels.database import describe_failure, fallen_back
@@ -422,23 +486,28 @@ class _Maker:
         return [fallen_back(level, level.name, f"{why}: made by {other.method}") for level in described]
 
     def _keep(self, made: Sequence[Level]) -> list[LevelEntry]:
-        described = self._described(made)
+        described = self._described(made, hessian=self._hessian)
         self.levels += made
         return described
 
-    def _described(self, levels: Sequence[Level]) -> list[LevelEntry]:
+    def _described(self, levels: Sequence[Level], *, hessian: Tensor | None) -> list[LevelEntry]:
         from layerwise.stages.levels.database import LevelEntry, describe_levels
 
         if self._weight is None:
             return [LevelEntry(level.name, dict(level.recipe), level.costs) for level in levels]
         share = 0.0 if self.unit.role == "embedding" else self.unit.share
-        return describe_levels(levels, self._weight, self._hessian, share=share)
+        return describe_levels(levels, self._weight, hessian, share=share)
 
     @staticmethod
     def _failed(entry: MenuEntry, error: NotFinite) -> list[LevelEntry]:
         from layerwise.stages.levels.database import describe_failure
 
         return [describe_failure(name, error.message) for name in entry.level_names()]
+
+
+def too_few(tokens: int | None, least_tokens: int) -> bool:
+    """Whether too few calibration tokens reached a unit; None where that does not matter."""
+    return tokens is not None and tokens < least_tokens
 
 
 def task_of(units: Mapping[str, tuple[Unit, Level]], statistics: Statistics | None, block: Any = None) -> Task:
@@ -471,8 +540,9 @@ def _compress_blocks(context: Context, params: CompressParams, chosen: _Chosen) 
     folder = context.items / "blocks"
     by_block: dict[int, list[dict[str, Any]]] = {}
     for unit, _ in chosen.units:
-        if unit.block is not None:
-            by_block.setdefault(unit.block, []).append(chosen.item(unit))
+        item = chosen.item(unit)
+        if unit.block is not None and not too_few(item["tokens"], params.least_tokens):
+            by_block.setdefault(unit.block, []).append(item)
     items = [
         {"block": block, "number": number, "units": units} for number, _ in entries for block, units in by_block.items()
     ]

@@ -18,7 +18,7 @@ class ModelLevels:
     """Level i + 1 of a unit is what it is in model i; level 0, and that of a unit it does not change, the dense one.
 
     Args:
-        folders: their artifacts; all of one dense model.
+        folders: their artifacts; all of one dense model. With none there is only the workflow's own.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -34,10 +34,10 @@ class ModelLevels:
         Raises:
             UsageError: they are not all of one.
         """
-        first, *others = [source_of(model.folder, workflow).path for model in self.models]
-        if any(other != first for other in others):
+        paths = {source_of(model.folder, workflow).path for model in self.models} or {workflow.path}
+        if len(paths) > 1:
             raise UsageError("models of different dense models cannot be compared in one go")
-        return ModelSource(first, workflow.dtype)
+        return ModelSource(paths.pop(), workflow.dtype)
 
     def weight(self, unit: str, level: int) -> Tensor | None:
         """A unit's weight in one of the models, (out, in); None where it stayed dense."""

@@ -63,6 +63,8 @@ def evaluate(context: Context, params: EvaluateParams) -> None:
         found |= _score(context, params, tokens, *_allocations(context), note="allocations")
     for number, folder in enumerate(context.inputs["models"]):
         found |= _score(context, params, tokens, *_model(context, folder), note=f"model {number + 1}")
+    if "dense" not in found:  # all of them are of models that were transformed
+        found = {**_score(context, params, tokens, {"dense": ()}, {"models": ()}, note="dense"), **found}
     (context.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     context.record(
         "metrics",

@@ -52,6 +52,8 @@ def time_packed(
 ) -> dict[str, Any]:
     """The model of an allocation, and in turns with it that of all units dense, so that the two can be compared.
 
+    The second is the same whatever the allocation drops: all linear layers of the database, packed as they are.
+
     Args:
         work: what is timed.
         database: holds the levels.
@@ -61,7 +63,10 @@ def time_packed(
     Returns:
         `packed` and `dense`, each as the fields of `Timing`.
     """
-    models = {"packed": levels, "dense": dict.fromkeys(levels)}
+    from layerwise.stages.levels.database import DatabaseIndex
+
+    units = DatabaseIndex(database).units
+    models = {"packed": levels, "dense": {entry.name: None for entry in units if entry.unit.replaceable}}
     forwards = {name: _forward(_packed(work, database, of, table, exact), work) for name, of in models.items()}
     return _time(forwards, work)
 

@@ -172,15 +172,30 @@ def _ratio(error: float, norm: float) -> float:
     return error / norm if norm else math.inf
 
 
-def write_index(folder: Path, units: Sequence[UnitEntry], rest: Mapping[str, float]) -> Path:
+def write_index(
+    folder: Path,
+    units: Sequence[UnitEntry],
+    rest: Mapping[str, float],
+    *,
+    halves: Mapping[str, Sequence[str]] | None = None,
+    carried: Mapping[str, str | None] | None = None,
+) -> Path:
     """Write `database.json`: the commit point of a database.
 
     Args:
         folder: the database.
         units: in the order of a genome.
         rest: by resource, what everything of the model uses that is no unit.
+        halves: by block, the half-blocks that it is made of; without them it passes on its input.
+        carried: units without levels here that were compressed before, each with the innermost parent of `units` that
+            it is in.
     """
-    document = {"rest": dict(rest), "units": [unit.as_json() for unit in units]}
+    document = {
+        "rest": dict(rest),
+        "halves": {block: list(parts) for block, parts in (halves or {}).items()},
+        "carried": dict(carried or {}),
+        "units": [unit.as_json() for unit in units],
+    }
     target = folder / INDEX
     target.write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     return target
@@ -225,6 +240,16 @@ class DatabaseIndex:
     def rest(self) -> dict[str, float]:
         """By resource, what everything of the model uses that is no unit."""
         return dict(self._document["rest"])
+
+    @property
+    def halves(self) -> dict[str, list[str]]:
+        """By block, the half-blocks that it is made of, where all of them have levels."""
+        return dict(self._document["halves"])
+
+    @property
+    def carried(self) -> dict[str, str | None]:
+        """Units without levels here that were compressed before, each with the innermost parent that it is in."""
+        return dict(self._document["carried"])
 
     @cached_property
     def by_name(self) -> dict[str, UnitEntry]:
@@ -301,7 +326,8 @@ class Database:
 
         if entry.stored is None:
             return parent_level("keep")
-        return Weights(self.index.model(self.workflow)).level(entry.name, entry.stored)
+        level = Weights(self.index.model(self.workflow)).level(entry.name, entry.stored)
+        return replace(level, name=entry.levels[UNCHANGED].name)
 
     def _file(self, unit: str) -> tuple[Any, dict[str, Any]]:
         if unit not in self._open:

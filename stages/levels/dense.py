@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from layerwise.kernels import labels
 from layerwise.stages.levels.level import Level
 
 if TYPE_CHECKING:
@@ -52,4 +53,4 @@ class Dense:
 
     @staticmethod
     def label(recipe: Mapping[str, Any]) -> str:
-        return "dense"
+        return labels.DENSE

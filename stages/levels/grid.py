@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import NotFinite
+from layerwise.kernels import labels
 from layerwise.stages.levels.level import Level
 
 if TYPE_CHECKING:
@@ -98,11 +99,10 @@ def grid_overhead_bits(level: Level) -> int:
     return int(16 * groups + zeros + index)
 
 
-def size_label(recipe: Mapping[str, Any]) -> str:
-    """Group size, symmetry and order, for labels."""
-    size = "row" if recipe["group_size"] == -1 else recipe["group_size"]
-    order = " ordered" if recipe.get("desc_act") is True and size != "row" else ""
-    return f"{size} {'sym' if recipe['sym'] else 'asym'}{order}"
+def grid_label(recipe: Mapping[str, Any]) -> str:
+    """`int4-g128-sym`, ...: bits, group size, symmetry and order."""
+    ordered = recipe.get("desc_act") is True and recipe["group_size"] != -1
+    return labels.quantized(recipe["bits"], recipe["group_size"], recipe["sym"], ordered)
 
 
 class Grid:
@@ -150,5 +150,5 @@ class Grid:
     @staticmethod
     def label(recipe: Mapping[str, Any]) -> str:
         if recipe["bits"] not in KERNEL_BITS:
-            return f"no kernel for {recipe['bits']} bits"
-        return f"grid {recipe['bits']} bits {size_label(recipe)}"
+            return f"no kernel: {recipe['bits']} bits"
+        return grid_label(recipe)

@@ -88,14 +88,15 @@ class Level:
 
     @property
     def costs(self) -> dict[str, float]:
-        """Absolute amounts of every resource that levels know, but for `flops` of a token that meets the whole weight;
-        see `layerwise.results.resources`."""
+        """Absolute amounts of every resource that levels know (`layerwise.results.resources`), `flops` for a token that
+        meets the whole weight. What a parent costs depends on what else gets levels; `compress` fills it in."""
         return {
             "bits": self.encoding.nominal_bits(self),
             "effective_bits": self.stored_bits,
             "bytes": self.size_bytes,
             "parameters": self.parameters,
             "flops": 2 * self.parameters,
+            "depth": 0.0,
         }
 
     @property

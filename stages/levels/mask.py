@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from layerwise.kernels import labels
 from layerwise.stages.levels.level import Level
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def mask_level(name: str, recipe: dict[str, Any], weight: Tensor, keep: Tensor) 
     """
     rows, columns = weight.shape
     tensors = {"mask": pack_mask(keep), "values": weight.detach()[keep]}
-    return Level(name, {"encoding": "mask", **recipe}, (rows, columns), tensors)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return Level(name, {"encoding": "mask", "dtype": dtype, **recipe}, (rows, columns), tensors)
 
 
 def pack_mask(keep: Tensor) -> Tensor:
@@ -83,15 +85,13 @@ class Mask:
 
     @staticmethod
     def pack(level: Level) -> Packed | None:
-        import torch
-
-        from layerwise.kernels.unstructured import MAX_COLUMNS, Unstructured
+        from layerwise.kernels.unstructured import DTYPES, MAX_COLUMNS, Unstructured
 
         values = level.tensors["values"]
-        if values.dtype not in (torch.float16, torch.bfloat16) or level.shape[1] > MAX_COLUMNS:
-            return None  # its kernels hold 16 bits a value, and a packed weight rounds nothing
-        return Unstructured.pack(level.decode(), dtype=values.dtype)
+        if values.dtype not in DTYPES or level.shape[1] > MAX_COLUMNS:
+            return None
+        return Unstructured.from_mask(kept(level), values)
 
     @staticmethod
     def label(recipe: Mapping[str, Any]) -> str:
-        return f"mask {round(100 * recipe['sparsity'])}%"
+        return labels.unstructured(round(100 * recipe["sparsity"]), recipe["dtype"])

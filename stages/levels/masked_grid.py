@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerwise.stages.levels.grid import check_scale, grid_overhead_bits, group_grids, size_label
+from layerwise.stages.levels.grid import check_scale, grid_label, grid_overhead_bits, group_grids
 from layerwise.stages.levels.level import Level
 from layerwise.stages.levels.mask import kept, pack_mask
 
@@ -95,4 +95,4 @@ class MaskedGrid:
 
     @staticmethod
     def label(recipe: Mapping[str, Any]) -> str:
-        return f"no kernel for a mask with {recipe['bits']} bits {size_label(recipe)}"
+        return f"no kernel: masked {grid_label(recipe)}"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
-from layerwise.stages.models.network import Uncovered, Unit
+from layerwise.stages.models.network import BEGIN, Uncovered, Unit
 from layerwise.stages.models.units import Answer, patched, units_of_block, units_outside
 
 TRIAL = (2, 6)
@@ -60,6 +60,8 @@ class CausalLM:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
+        with suppress(AttributeError, ValueError):  # a family without experts has nothing to set
+            self.model.set_experts_implementation("eager")  # type: ignore[operator]  # one by one, so that each is seen
         self.block_path, self.blocks = _find_blocks(model)
         self.n_blocks = len(self.blocks)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
@@ -96,8 +98,6 @@ class CausalLM:
                 f"{source.path}: {len(missing)} weights are missing or of another shape, the first is {missing[0]}",
                 hint="the folder holds another model than its config.json says",
             )
-        with suppress(AttributeError, ValueError):  # a family without experts has nothing to set
-            model.set_experts_implementation("eager")  # one by one, so that each one's inputs can be seen
         network = cls(model)
         if source.compressed is not None:
             from layerwise.stages.models.compressed import CompressedModel
@@ -139,7 +139,6 @@ class CausalLM:
         batch, length = TRIAL
         ids = (torch.arange(batch * length).reshape(batch, length) * 7 + 3) % max(1, vocabulary)
         whole = self.logits(ids)
-        outside = units_outside(self.model, self.n_blocks)
         units, parents, uncovered = [], [], []
         stream = self.begin(ids)
         hidden = stream.hidden
@@ -153,10 +152,15 @@ class CausalLM:
                 self.one_piece[index] = found.one_piece
             hidden = found.output
         self._check(self.end(hidden, stream), whole)
-        first = [unit for unit in outside if unit.positions[0] < 0]
-        self.units = (*first, *units, *(unit for unit in outside if unit not in first))
+        self.units = self._with_outside(units)
         self.parents = tuple(parents)
         self.uncovered = (*uncovered, *self._uncovered_outside())
+
+    def _with_outside(self, units: Sequence[Unit]) -> tuple[Unit, ...]:
+        """The units of the blocks with those that stand outside, in the order of first use."""
+        outside = units_outside(self.model, self.n_blocks)
+        first = [unit for unit in outside if unit.positions[0] < 0]
+        return (*first, *units, *(unit for unit in outside if unit not in first))
 
     def _check(self, parts: Tensor, whole: Tensor) -> None:
         if parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-4, equal_nan=True):
@@ -277,6 +281,20 @@ class CausalLM:
             gone |= {parent.name} if parent.parent in gone else set()
         self.parents = tuple(parent for parent in self.parents if parent.name not in gone)
         self.units = tuple(unit for unit in self.units if unit.parent not in gone)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head and the embedding share their weight."""
+        return any(unit.role == "head" and BEGIN in unit.positions for unit in self.units)
+
+    def untie(self) -> None:
+        """Give the head a weight of its own for good, a copy of the embedding's; they are two units from here on."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        config: Any = self.model.config
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        del self.parameters  # they are one more now
+        self.units = self._with_outside([unit for unit in self.units if unit.block is not None])
 
     @torch.no_grad()
     def overwrite(self, unit: Unit, weight: Tensor) -> None:

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING
 from layerwise.errors import UnsupportedModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Width of the dtypes that safetensors names in its header; 8-bit floats are all called F8_*."""
+
+INDEX = "model.safetensors.index.json"
+"""Says which weights are in which file, where there are several."""
+
+BESIDE = (".json", ".txt", ".model", ".jinja")
+"""Endings of the files beside the weights that belong to a model: configuration, tokenizer."""
 
 
 class Checkpoint:
@@ -41,7 +48,7 @@ class Checkpoint:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The weight files, in name order."""
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX
         if index.is_file():
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             return tuple(self.folder / shard for shard in sorted(set(shards)))
@@ -57,6 +64,12 @@ class Checkpoint:
         return found
 
     @property
+    def beside(self) -> tuple[Path, ...]:
+        """What a model folder holds beside its weights: configuration and tokenizer, and no index of weight files."""
+        files = (file for file in sorted(self.folder.iterdir()) if file.suffix in BESIDE and file.is_file())
+        return tuple(file for file in files if file.name != INDEX)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(self.tensor_bytes(name) for name in self.headers)
@@ -64,6 +77,14 @@ class Checkpoint:
     def tensor_bytes(self, name: str) -> int:
         """Bytes of one tensor."""
         return BYTES_OF_DTYPE.get(self.headers[name][1], 1) * self.elements(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor."""
+        from safetensors import safe_open
+
+        with safe_open(self.headers[name][0], framework="pt") as file:
+            part: Tensor = file.get_slice(name)[:0] if self.headers[name][2] else file.get_tensor(name)
+            return part.dtype
 
     def elements(self, name: str) -> int:
         """Values in one tensor."""

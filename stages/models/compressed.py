@@ -20,8 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import CorruptArtifact
-from layerwise.stages.contract import ModelSource
+from layerwise.errors import CorruptArtifact, UsageError
+from layerwise.stages.contract import Context, ModelSource
 from layerwise.stages.levels.files import open_unit, read_level
 from layerwise.stages.levels.level import Level
 from layerwise.stages.models.network import Unit
@@ -113,6 +113,12 @@ def source_of(folder: Path, workflow: ModelSource) -> ModelSource:
     return ModelSource(base if base.is_dir() else workflow.path, workflow.dtype, compressed)
 
 
+def model_of(context: Context, port: str) -> ModelSource:
+    """The model of a stage's optional port: that of its `model` artifact, or the workflow's."""
+    folder = context.optional(port)
+    return context.model if folder is None else source_of(folder, context.model)
+
+
 def adopt(folder: Path, target: Path) -> None:
     """Make a model artifact a part of another artifact: its files are linked, not copied, where the disk allows it.
 
@@ -172,7 +178,18 @@ class CompressedModel:
         return read_level(file, recipes, self.levels[unit])
 
     def install(self, network: CausalLM) -> None:
-        """Make a dense network this model, for good: decode every level into it, and leave out what is dropped."""
+        """Make a dense network this model, for good: decode every level into it, and leave out what is dropped.
+
+        Raises:
+            UsageError: the network is not the one that it was made of.
+        """
+        known = {unit.name: unit.shape for unit in (*network.units, *network.parents)}
+        for unit in (entry.unit for entry in self.document.units):
+            if known.get(unit.name) != unit.shape:
+                raise UsageError(
+                    f"{self.folder} was made of another model: this one has no {unit.name} of shape {unit.shape}",
+                    hint="give the dense model that stands in the workflow",
+                )
         for entry in self.document.units:
             if not entry.unit.is_parent:
                 network.overwrite(entry.unit, self.level(entry.unit.name).decode())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from typing import Annotated
 
 from pydantic import AfterValidator
 
-from layerwise.stages.contract import Row
-from layerwise.stages.models.network import Uncovered, Unit
+from layerwise.stages.contract import ModelSource, Row
+from layerwise.stages.models.network import Uncovered, Unit, select_units
 from layerwise.stages.models.survey import Survey
+
+QUICK_BYTES = 2 << 30
+"""Weights that are loaded in order to say what a run will leave out, before it begins."""
 
 
 def _valid_patterns(value: list[str]) -> list[str]:
@@ -60,6 +64,25 @@ def _uncovered_row(weight: Uncovered) -> Row:
         "status": "no unit",
         "error": weight.reason,
     }
+
+
+def noted(model: ModelSource, targets: Sequence[str], ignore: Sequence[str]) -> Iterator[str]:
+    """What gets no level, told before the run; of a model that takes long to load only once it is loaded."""
+    if sum(file.stat().st_size for file in model.path.glob("*.safetensors")) > QUICK_BYTES:
+        yield "the model is large: which of its weights stay as they are is told when it has been loaded"
+        return
+    survey = _surveyed(model)
+    chosen = {unit.name for unit in select_units([unit for unit, _ in survey.units], targets, ignore, survey.uncovered)}
+    note = left_alone(survey, chosen)
+    if note is not None:
+        yield note
+
+
+@cache
+def _surveyed(model: ModelSource) -> Survey:
+    from layerwise.stages.models.survey import survey_model
+
+    return Survey.from_json(survey_model(model))
 
 
 def left_alone(survey: Survey, selected: Collection[str]) -> str | None:

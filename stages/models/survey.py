@@ -9,7 +9,7 @@ the rest of the model.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,21 @@ class Survey:
     one_piece: Mapping[int, str]
     tensors: Mapping[str, StoredTensor]
 
+    def innermost(self, parent: str | None, given: Collection[str]) -> str | None:
+        """The innermost of some parents that something is in, which stands directly in `parent`."""
+        above = {other.name: other.parent for other in self.parents}
+        while parent is not None and parent not in given:
+            parent = above[parent]
+        return parent
+
+    def halves(self, given: Collection[str]) -> dict[str, list[str]]:
+        """By block, all that it is made of, where all of that is among some parents: without them it is no block."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for parent in self.parents:
+            if parent.parent is not None:
+                found[parent.parent].append(parent.name)
+        return {block: halves for block, halves in found.items() if {block, *halves} <= set(given)}
+
     def left(self, units: Iterable[Unit], parents: Iterable[Unit]) -> dict[str | None, tuple[int, int]]:
         """Bytes and values that are in none of some units: by the innermost of some parents, and None for the rest.
 
@@ -62,7 +77,6 @@ class Survey:
             parents: those that get levels.
         """
         chosen, given = {unit.name for unit in units}, {parent.name for parent in parents}
-        above = {parent.name: parent.parent for parent in self.parents}
         taken: dict[str, int] = defaultdict(int)
         for unit, stored in self.units:
             if unit.name in chosen:
@@ -73,9 +87,7 @@ class Survey:
         found: dict[str | None, tuple[int, int]] = dict.fromkeys((None, *given), (0, 0))
         for name, tensor in self.tensors.items():
             left = tensor.elements - taken[name]
-            owner = tensor.inside
-            while owner is not None and owner not in given:
-                owner = above[owner]
+            owner = self.innermost(tensor.inside, given)
             size_bytes, elements = found[owner]
             width = tensor.size_bytes // max(1, tensor.elements)
             found[owner] = size_bytes + left * width, elements + left

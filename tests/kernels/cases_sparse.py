@@ -43,14 +43,16 @@ def n_m(name: str, arch: int, m: int, splits: int, budget: float, dtype: str = "
     }
 
 
-def unstructured(name: str, arch: int, m: int, budget: float, dtype: str = "fp16") -> dict[str, Any]:
+def unstructured(
+    name: str, arch: int, m: int, budget: float, dtype: str = "fp16", values: str | None = None
+) -> dict[str, Any]:
     return {
         "name": f"unstructured-{name}-sm{arch}",
         "kernel": "layerwise.kernels.unstructured_matvec:unstructured_kernel",
         "arch": arch,
         "arguments": {
             "x": f"*{dtype}",
-            "values": f"*{dtype}",
+            "values": f"*{values or dtype}",
             "offsets": "*u8",
             "firsts": "*i16",
             "starts": "*i32",
@@ -177,6 +179,7 @@ CASES = [
     unstructured("m1", 80, 1, 10.44),
     unstructured("m4", 90, 4, 21.5),
     unstructured("m3-bf16", 90, 3, 18, dtype="bf16"),
+    unstructured("m1-fp32", 90, 1, 9.82, values="fp32"),
     block_sparse(4, 90, 1, 2.35, rows=128),
     block_sparse(4, 90, 1, 3.24),
     block_sparse(4, 80, 1, 3.15),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import cpu_backends
-from layerwise.kernels.backends import BACKENDS, Backend, Work, find_backend, prepare
+from layerwise.kernels.backends import Work, find_backend, prepare
 from layerwise.kernels.dense import Dense
+from layerwise.kernels.device import processor
 from layerwise.kernels.low_rank import LowRank
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
@@ -141,10 +140,16 @@ def test_dynamic_int8_rounds_only_activations(shape: tuple[int, int], m: int) ->
     assert error("int8_dynamic", quantized(*shape, 8, -1), m) < INT8
 
 
-def test_dynamic_int8_is_exact_where_activations_lie_on_its_grid() -> None:
+@pytest.mark.parametrize(("features", "levels"), [(("avx512_vnni",), 256), (("avx2",), 128)])
+def test_dynamic_int8_is_exact_where_activations_lie_on_its_grid(
+    monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], levels: int
+) -> None:
+    if "avx512_vnni" in features and not any("vnni" in feature for feature in processor()[1]):
+        pytest.skip("without VNNI sums of 8 bits saturate")
+    monkeypatch.setattr(cpu_backends, "processor", lambda: ("some", features))
     packed = quantized(40, 32, 8, -1)
-    x = torch.randint(-100, 100, (3, 32), generator=generator(0)).float()
-    x[:, 0], x[:, 1] = -128, 127  # the range that sets the grid to whole numbers
+    x = torch.randint(-50, 50, (3, 32), generator=generator(0)).float()
+    x[:, 0], x[:, 1] = -levels / 2, levels / 2 - 1  # the range that sets the grid to whole numbers
     y = prepare("int8_dynamic", packed, Work(3, torch.float32, CPU))(x)
     expected = x.double() @ packed.dense().double().T
     assert (y.double() - expected).norm() / expected.norm() < 1e-6
@@ -214,6 +219,21 @@ def test_compressed_rows_are_exact(share: float, m: int) -> None:
         assert not prepare("csr", packed, Work(m, torch.float32, CPU))(activations(m, 130)).any()
 
 
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kept", ["all", "none", "some, of the first and last row none"])
+def test_compressed_rows_take_whatever_a_mask_keeps(kept: str, dtype: torch.dtype, m: int) -> None:
+    mask = torch.full((37, 130), kept == "all")
+    if kept.startswith("some"):
+        mask[1:-1] = torch.rand(35, 130, generator=generator(1)) < 0.3
+    values = torch.randn(int(mask.sum()), generator=generator(2)).to(dtype)
+    values[::7] = 0.0
+    packed, x = Unstructured.from_mask(mask, values), activations(m, 130)
+    expected = x.double() @ packed.dense().double().T
+    y = prepare("csr", packed, Work(m, torch.float32, CPU))(x)
+    assert (y.double() - expected).norm() <= FLOAT32 * expected.norm()  # of nothing kept, exactly zero
+
+
 def test_compressed_rows_say_what_they_cannot_take() -> None:
     assert "does not say which of its weights are zero" in refusal("csr", dense(8, 8))
     assert "multiplied in float32" in refusal("csr", sparse(8, 8, 0.5), torch.bfloat16)
@@ -258,13 +278,3 @@ def test_a_primitive_that_this_torch_lacks_is_refused_in_words(
 ) -> None:
     monkeypatch.setattr(cpu_backends, "_has", lambda namespace, operator: False)
     assert said in refusal(name, packed)
-
-
-def test_every_backend_of_the_processor_stands_in_the_table_under_its_own_name() -> None:
-    ours = {value.name for value in vars(cpu_backends).values() if isinstance(value, Backend)}
-    named = {name for name, place in BACKENDS.items() if place.startswith("layerwise.kernels.cpu_backends:")}
-    assert ours == named
-    assert all(find_backend(name).name == name and find_backend(name).device == "cpu" for name in named)
-    inexact = {name for name in named if not find_backend(name).exact}
-    assert inexact == {"int8_dynamic", "int4pack", "factors_on_base"}
-    assert dataclasses.is_dataclass(Backend)

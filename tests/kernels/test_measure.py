@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 
 import pytest
 import torch
 
-from layerwise.errors import NoisyMeasurement, UsageError
-from layerwise.kernels.backends import Work, able, find_backend, prepare
+from layerwise.errors import UsageError
+from layerwise.kernels.backends import Work, able, prepare
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.device import this_device
 from layerwise.kernels.dispatch import Dispatcher
 from layerwise.kernels.latency_table import Row
 from layerwise.kernels.measure import (
-    DENSE_BACKENDS,
-    bytes_read,
-    measure,
     races,
     rotation,
     run_race,
     run_together,
+    table_of,
 )
 from layerwise.kernels.packed import Packed
 from layerwise.kernels.quantized import Quantized
 from layerwise.kernels.timing import Call, Sampling, Timing
+from layerwise.kernels.unstructured import Unstructured
 
 SMALL = Sampling(window_ms=0.1, samples=3, rotate_bytes=0, max_spread=1000)
 ALWAYS = ("linear", "matmul", "mkl", "onednn")
@@ -76,6 +72,14 @@ def test_one_race_has_every_product_of_a_shape() -> None:
     assert find(rows, "int4-g32-sym") == {"int4pack": (1.25, "measured")}
     assert find(rows, "int8-channel-sym") == {"int8_dynamic": (2.0, "measured")}
     assert find(rows, "int2-channel-sym") == {"mkl": (5.0, "no_kernel")}
+
+
+def test_a_mask_has_a_kernel_on_a_processor_only_for_float32() -> None:
+    masked = Unstructured.from_mask(torch.eye(32, 64).bool(), torch.ones(32))
+    for dtype, found in ((torch.float32, ("csr", "measured")), (torch.bfloat16, ("linear", "no_kernel"))):
+        (race,) = races([masked], [1], dtype, torch.device("cpu"))
+        rows = run_race(race, SMALL, ScriptedTimer(dict.fromkeys(ALWAYS, 5.0) | {"csr": 1.0}))
+        assert [(row.backend, row.status) for row in rows if row.label == masked.label] == [found]
 
 
 def test_sizes_are_those_of_what_is_read() -> None:
@@ -131,15 +135,10 @@ def test_what_fails_or_is_not_admitted_is_left_out_alone(monkeypatch: pytest.Mon
         run_race(race, SMALL, ScriptedTimer(TIMES))
 
 
-def test_eight_bit_floats_are_read_as_bytes() -> None:
-    packed = quantized(32, 64, 4)
-    assert bytes_read(packed, find_backend("fp8")) == 32 * 64 + 32 * 4
-
-
 def test_nothing_to_measure_is_refused() -> None:
     for weights, ms in (([], [1]), ([quantized(16, 32, 4)], []), ([quantized(16, 32, 4)], [0])):
         with pytest.raises(UsageError, match="nothing to measure"):
-            measure(weights, ms)
+            races(weights, ms, torch.float32, torch.device("cpu"))
 
 
 def test_every_copy_has_memory_of_its_own() -> None:
@@ -157,57 +156,20 @@ def test_every_copy_has_memory_of_its_own() -> None:
 
 
 def test_a_table_of_real_times_belongs_to_this_machine_and_chooses() -> None:
-    told = list[tuple[int, int, str]]()
-    table = measure([quantized(32, 64, 4, 32)], [1, 2], sampling=SMALL, progress=lambda *step: told.append(step))
+    planned = races([quantized(32, 64, 4, 32)], [1, 2], torch.float32, torch.device("cpu"))
+    table = table_of(this_device("cpu"), [row for race in planned for row in run_race(race, SMALL)], SMALL)
     assert table.device == this_device("cpu")
     assert table.protocol["clock"] == "process CPU time, one thread"
-    assert told == [(0, 2, "32 x 64, 1 rows"), (1, 2, "32 x 64, 2 rows"), (2, 2, "races")]
     assert {row.backend for row in table.rows} == {*ALWAYS, "int4pack"}
     assert all(0 < row.min_ms <= row.median_ms for row in table.rows)
     choice = Dispatcher(table, this_device("cpu")).choose("int4-g32-sym", 32, 64, 1, "float32")
     assert choice.row.median_ms <= choice.dense.median_ms
 
 
-def test_a_race_that_is_too_noisy_gives_no_rows() -> None:
-    def noisy(candidates: Mapping[str, Sequence[Call]], sampling: Sampling) -> dict[str, Timing]:
-        raise NoisyMeasurement("times scatter too much")
-
-    with pytest.raises(NoisyMeasurement):
-        measure([quantized(16, 32, 4)], [1], sampling=SMALL, timer=noisy)
-
-
-def test_dense_products_of_both_devices_are_backends_that_take_a_dense_weight() -> None:
-    assert DENSE_BACKENDS["cpu"] == ALWAYS
-    weight = Dense((32, 64), torch.zeros(32, 64))
-    assert set(able(weight, Work(1, torch.float32, torch.device("cpu")))) == set(ALWAYS)
-    assert set(able(weight, Work(1, torch.float16, torch.device("cuda")))) == set(DENSE_BACKENDS["cuda"])
-
-
 @pytest.mark.gpu
 def test_a_gpu_is_measured_by_graphs() -> None:
-    table = measure(
-        [quantized(256, 256, 4, 128)], [1], dtype=torch.float16, device="cuda", sampling=Sampling(max_spread=10)
-    )
+    (race,) = races([quantized(256, 256, 4, 128)], [1], torch.float16, torch.device("cuda"))
+    sampling = Sampling(max_spread=10)
+    table = table_of(this_device("cuda"), run_race(race, sampling), sampling)
     assert {"cublas", "triton_quantized"} <= {row.backend for row in table.rows}
     assert table.protocol["clock"] == "CUDA graphs"
-
-
-def test_a_processor_needs_none_of_the_modules_for_gpus() -> None:
-    program = """
-import sys, torch
-from layerwise.kernels.backends import Work, able, find_backend
-from layerwise.kernels.dense import Dense
-able(Dense((8, 8), torch.zeros(8, 8)), Work(1, torch.float32, torch.device("cpu")))
-print(sorted(name for name in sys.modules if "triton_backends" in name or "cuda_backends" in name))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["[]"]
-
-
-def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(module: str) -> ModuleType:
-        raise ModuleNotFoundError("No module named 'triton'", name="triton")
-
-    monkeypatch.setattr("layerwise.kernels.backends.import_module", missing)
-    with pytest.raises(UsageError, match="backend triton_quantized needs Triton, which is not installed"):
-        find_backend("triton_quantized")

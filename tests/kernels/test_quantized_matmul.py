@@ -18,7 +18,7 @@ from layerwise.kernels.backends import Work, find_backend
 from layerwise.kernels.configs import BUCKETS, Config, config_for
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.quantized import Quantized
-from layerwise.kernels.quantized_matmul import quantized_matmul
+from layerwise.kernels.quantized_matmul import capability, quantized_matmul
 
 Error = Callable[[Tensor, Tensor], float]
 
@@ -201,6 +201,18 @@ def test_the_prepared_function_takes_other_numbers_of_rows(device: torch.device,
     for m in (1, 3, 1):
         x = activations(m, 128).to(device)
         assert relative_error(multiply(x).cpu(), product(x, packed)) <= BOUND
+
+
+@pytest.mark.parametrize(("hip", "entries"), [(None, 94), ("6.4", 80)])
+def test_the_numbers_of_amd_devices_are_no_capabilities(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, entries: int
+) -> None:
+    """A gfx942 calls itself 9.4, which is no Hopper: it gets the entries of sm_80, as `configs.py` says."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    capability.cache_clear()
+    assert capability(torch.device("cuda:0")) == entries
+    capability.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])

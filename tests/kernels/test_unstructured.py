@@ -10,17 +10,30 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels.packed import rebuild
-from layerwise.kernels.unstructured import Unstructured
+from layerwise.kernels.unstructured import DTYPES, Unstructured
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 3000))
 densities = st.sampled_from([0.0, 0.001, 0.01, 0.1, 0.5, 1.0])
 seeds = st.integers(0, 2**31 - 1)
+dtypes = st.sampled_from(DTYPES)
 
 
 def sparse(shape: tuple[int, int], density: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator).half()
     return torch.where(torch.rand(shape, generator=generator) < density, weight, torch.zeros_like(weight))
+
+
+def bits(weight: Tensor) -> Tensor:
+    """Of float32: what tells 0 and -0 apart."""
+    return weight.float().view(torch.int32)
+
+
+def scattered(mask: Tensor, values: Tensor) -> Tensor:
+    """What a mask and its kept values mean."""
+    weight = torch.zeros(mask.shape)
+    weight[mask] = values.float()
+    return weight
 
 
 def count_runs(row: list[float]) -> int:
@@ -42,6 +55,50 @@ def test_the_weight_comes_back(shape: tuple[int, int], density: float, seed: int
     packed = Unstructured.pack(weight)
     assert torch.equal(packed.dense(), weight.float())
     assert torch.equal(rebuild(packed.settings, packed.tensors).dense(), weight.float())
+
+
+@settings(deadline=None, max_examples=50)
+@given(shapes, densities, seeds, dtypes)
+def test_what_a_mask_keeps_comes_back_bit_for_bit(
+    shape: tuple[int, int], density: float, seed: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(shape, generator=generator) < density
+    values = torch.randn(int(mask.sum()), generator=generator).to(dtype)
+    values[::5] = 0.0
+    values[1::5] = -0.0  # pruned weights that an update made zero are kept as they are
+    packed = Unstructured.from_mask(mask, values)
+    assert packed.values.dtype == dtype
+    assert torch.equal(bits(packed.dense()), bits(scattered(mask, values)))
+    assert torch.equal(bits(rebuild(packed.settings, packed.tensors).dense()), bits(scattered(mask, values)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.zeros(3, 7).bool(),
+        torch.ones(5, 1001).bool(),
+        torch.tensor([[False] * 300, [True] * 300, [False] * 300]),
+        torch.eye(1, 65536).bool() | torch.eye(1, 65536).bool().flip(1),
+    ],
+    ids=["nothing kept", "all kept", "empty first and last row", "the ends of the longest row"],
+)
+def test_masks_at_their_ends(mask: Tensor, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    edge = torch.tensor([limits.max, limits.min, limits.tiny, limits.smallest_normal / 4, -0.0, 0.0], dtype=dtype)
+    values = edge.repeat(-(-int(mask.sum()) // 6))[: int(mask.sum())]
+    packed = Unstructured.from_mask(mask, values)
+    assert torch.equal(bits(packed.dense()), bits(scattered(mask, values)))
+
+
+def test_a_weight_keeps_its_dtype_unless_another_is_asked_for() -> None:
+    weight = torch.tensor([[0.1, 0.0, 1e-9]])
+    assert torch.equal(bits(Unstructured.pack(weight).dense()), bits(weight))
+    rounded = Unstructured.pack(weight, torch.float16)
+    assert rounded.values.dtype == torch.float16
+    assert torch.equal(rounded.dense(), weight.half().float())
+    assert rounded.zeros_percent == 67, "what rounds to zero is not kept"
 
 
 @settings(deadline=None, max_examples=50)
@@ -70,12 +127,18 @@ def test_first_columns_use_all_sixteen_bits() -> None:
 def test_the_label_says_how_many_zeros_there_are() -> None:
     assert Unstructured.pack(sparse((64, 512), 0.1, seed=0)).label == "unstructured-fp16-90%"
     assert Unstructured.pack(torch.zeros(4, 4).bfloat16()).label == "unstructured-bf16-100%"
+    kept_zeros = Unstructured.from_mask(torch.ones(4, 4).bool(), torch.zeros(16))
+    assert kept_zeros.label == "unstructured-fp32-0%", "they are read and multiplied as others are"
 
 
-def test_rows_that_are_too_long_and_weights_that_are_not_finite_are_refused() -> None:
+def test_what_cannot_be_packed_is_refused_in_words() -> None:
     with pytest.raises(UsageError, match="a row of 65537 columns cannot be packed"):
         Unstructured.pack(torch.zeros(1, 65537))
     with pytest.raises(UsageError, match="row 1 of the weight is not finite"):
         Unstructured.pack(torch.tensor([[1.0], [float("nan")]]))
-    with pytest.raises(UsageError, match="stored in float16 or bfloat16, not float32"):
-        Unstructured.pack(torch.zeros(1, 8), dtype=torch.float32)
+    with pytest.raises(UsageError, match="row 0 of the weight is not finite in float16"):
+        Unstructured.pack(torch.tensor([[70000.0]]), torch.float16)
+    with pytest.raises(UsageError, match="stored in float16, bfloat16, float32, not in float64"):
+        Unstructured.pack(torch.zeros(1, 8).double())
+    with pytest.raises(UsageError, match="the mask keeps 3 weights, but there are 2"):
+        Unstructured.from_mask(torch.ones(1, 3).bool(), torch.ones(2))

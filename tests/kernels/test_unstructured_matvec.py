@@ -84,6 +84,16 @@ def test_bfloat16_activations_meet_float16_weights(device: torch.device, relativ
     assert relative_error(y.cpu(), x.double() @ weight.double().T) <= 2**-7
 
 
+def test_weights_of_32_bits_are_not_rounded(guard: Any, device: torch.device) -> None:
+    """Of 1 + 2^-20 only the last bit is left: it is gone if the weight is ever a half."""
+    weight = torch.zeros(5, 300)
+    weight[:, 7], weight[:, 290] = 1 + 2**-20, -1.0
+    with guard:
+        packed = guard.around(Unstructured.pack(weight).to(device))
+        y = unstructured_matvec(torch.full((2, 300), 2.0**10).half().to(device), packed)
+    assert torch.equal(y.cpu(), torch.full((2, 5), 2.0**-10).half())
+
+
 def test_the_same_input_gives_the_same_bits(device: torch.device) -> None:
     x, packed = activations(4, 900).to(device), Unstructured.pack(sparse(30, 900, 0.5)).to(device)
     assert torch.equal(unstructured_matvec(x, packed), unstructured_matvec(x, packed))

@@ -20,7 +20,8 @@ USES = {
 def allocation(candidate: str, solver: str, bits: float, kl: float, levels: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "candidate": candidate, "solver": solver, "budget": f"bits={bits:g}", "bits": bits,
-        "effective_bits": bits + 0.125, "bytes": int(bits * 1000), "metric": "kl", "kl": kl,
+        "effective_bits": bits + 0.125, "bytes": int(bits * 1000), "parameters": int(bits * 100),
+        "flops": bits * 50.0, "metric": "kl", "kl": kl,
         "units": ["q", "k"][: len(levels)], "levels": list(levels), "genome": list(range(len(levels))),
     }  # fmt: skip
 

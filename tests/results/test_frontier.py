@@ -58,6 +58,32 @@ def test_a_front_over_milliseconds_has_the_allocations_that_were_timed(two_runs:
     assert frame.loc[frame["ms"].isna(), "on_front"].tolist() == [False] * 4
 
 
+def test_a_front_over_parameters_is_another_one_than_that_over_flops(two_runs: Store) -> None:
+    """A dropped half-block saves more operations, pruned weights more parameters."""
+    sized = [
+        {"candidate": "eee555", "solver": "ilp", "bits": 9.0, "kl": 0.05, "parameters": 90, "flops": 300.0},
+        {"candidate": "fff666", "solver": "ilp", "bits": 9.0, "kl": 0.04, "parameters": 120, "flops": 90.0},
+    ]
+    at = {"run_id": "run-a", "stage": "ilp", "stage_key": "i" * 64, "attempt": 1, "first_seq": 1}
+    two_runs.append("allocations", sized, **at)
+    by_parameters = frontier_table(two_runs, "run-a", over="parameters")
+    assert by_parameters[["candidate", "parameters"]].values.tolist() == [["eee555", 90], ["fff666", 120]]
+    assert str(by_parameters["parameters"].dtype) == "Int64"
+    assert rows(two_runs, "candidate", "flops", run="run-a", over="flops") == [["fff666", 90.0]]
+
+
+def test_a_cost_that_is_not_there_says_what_to_do_about_it(two_runs: Store) -> None:
+    with pytest.raises(UsageError, match="there is no cost 'flop'") as unknown:
+        frontier_table(two_runs, over="flop")
+    assert "flops" in str(unknown.value.hint)
+    old = {"candidate": "eee555", "solver": "old", "bits": 3.0, "kl": 0.1}
+    at = {"run_id": "run-a", "stage": "ilp", "stage_key": "i" * 64, "attempt": 1, "first_seq": 1}
+    two_runs.append("allocations", [old], **at)
+    with pytest.raises(UsageError, match="run run-a has no flops") as lacking:
+        frontier_table(two_runs, "run-a", over="flops", solver="old")
+    assert "earlier layerwise" in str(lacking.value.hint)
+
+
 def test_a_run_that_hit_the_cache_shows_the_rows_under_its_own_names(two_runs: Store) -> None:
     assert rows(two_runs, "run", "stage", "candidate", dominated=True) == [
         ["run-b", "find", "aaa111"],
@@ -119,7 +145,7 @@ def test_a_measurement_that_failed_is_no_figure(two_runs: Store) -> None:
     assert rows(two_runs, "candidate", loss="heldout_kl") == [["aaa111"]]
 
 
-@pytest.mark.parametrize("over", ["bits", "effective_bits", "bytes"])
+@pytest.mark.parametrize("over", ["bits", "effective_bits", "bytes", "parameters", "flops"])
 def test_the_front_can_be_over_any_cost(two_runs: Store, over: str) -> None:
     frame = frontier_table(two_runs, over=over)
     assert frame["candidate"].tolist() == ["aaa111", "aab222", "ccc333"]

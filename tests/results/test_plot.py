@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from layerwise.errors import UsageError
 from layerwise.results.frontier import frontier_table
 from layerwise.results.plot import plot_frontier
+from layerwise.results.resources import RESOURCES
 from layerwise.results.store import Store
 
 
@@ -52,6 +53,15 @@ def test_a_wide_range_of_losses_gets_a_logarithmic_axis(two_runs: Store, tmp_pat
     frame["kl"] = [1.0, 0.1, 0.0]
     plot_frontier(frame, tmp_path / "front.svg")
     assert [figure.axes[0].get_yscale() for figure in drawn] == ["log", "linear"]
+
+
+@pytest.mark.parametrize("over", ["parameters", "flops"])
+def test_every_resource_has_an_axis_that_says_what_it_is(
+    two_runs: Store, tmp_path: Path, drawn: list[Figure], over: str
+) -> None:
+    plot_frontier(frontier_table(two_runs, over=over), tmp_path / "front.png", over=over)
+    assert drawn[0].axes[0].get_xlabel() == RESOURCES[over].axis
+    assert len({resource.axis for resource in RESOURCES.values()}) == len(RESOURCES)
 
 
 def test_bytes_are_drawn_in_a_readable_unit(two_runs: Store, tmp_path: Path, drawn: list[Figure]) -> None:

@@ -59,7 +59,24 @@ def test_an_allocation_is_shown_unit_by_unit(two_runs: Store) -> None:
         ["q", "gptq-4b", 4.0, 4.0**-4],
         ["k", "gptq-2b", 2.0, 4.0**-2],
     ]
+    assert (details.summary["parameters"], details.summary["flops"]) == (300, 150.0)
     assert details.metrics.empty
+
+
+def test_a_dropped_part_is_shown_as_what_it_is(two_runs: Store) -> None:
+    """A parent has a row in `levels` without bits of its own; units inside it are not in the allocation."""
+    at = {"run_id": "run-a", "stage": "compress", "stage_key": "c" * 64, "attempt": 1}
+    parts = [
+        {"unit": "attn", "level": level, "method": level, "bits": 0.0, "size_bytes": size, "status": "ok"}
+        for level, size in (("keep", 128), ("drop", 0))
+    ]
+    two_runs.append("levels", parts, **at, first_seq=4)
+    chosen = {"candidate": "eee555", "solver": "ilp", "units": ["attn", "k"], "levels": ["drop", "gptq-2b"]}
+    where = {"run_id": "run-a", "stage": "ilp", "stage_key": "i" * 64, "attempt": 1, "first_seq": 1}
+    two_runs.append("allocations", [chosen], **where)
+    units = show_allocation(two_runs, "eee").units
+    assert units[["unit", "level", "bits"]].values.tolist() == [["attn", "drop", 0.0], ["k", "gptq-2b", 2.0]]
+    assert units["size_bytes"].tolist()[0] == 0
 
 
 def test_a_level_name_that_means_two_things_shows_no_numbers(two_runs: Store) -> None:

@@ -56,7 +56,7 @@ def test_a_row_comes_back_as_it_was_written(store: Store, table: str) -> None:
     (found,) = store.rows(table)
     assert {name: found[name] for name in row} == row
     assert {name: found[name] for name in ("run_id", "stage", "stage_key", "attempt", "seq", "schema_version")} == {
-        "run_id": "r1", "stage": "search", "stage_key": KEY, "attempt": 1, "seq": 0, "schema_version": 2,
+        "run_id": "r1", "stage": "search", "stage_key": KEY, "attempt": 1, "seq": 0, "schema_version": 3,
     }  # fmt: skip
     assert abs((found["written_at"] - datetime.now(UTC)).total_seconds()) < 3600
 
@@ -78,11 +78,6 @@ def test_numpy_values_and_left_out_columns_are_fine(store: Store) -> None:
 def test_a_null_does_not_turn_integers_into_floats(store: Store) -> None:
     put(store, [{"bytes": 2**60 + 1}, {"bytes": None}])
     assert store.read("candidates")["bytes"].tolist() == [2**60 + 1, pd.NA]
-
-
-def test_a_choice_of_true_false_or_a_word_is_stored_as_its_word(store: Store) -> None:
-    put(store, [{"desc_act": True}, {"desc_act": False}, {"desc_act": "static"}], table="levels")
-    assert [row["desc_act"] for row in store.rows("levels")] == ["true", "false", "static"]
 
 
 def test_a_repeated_commit_collides_and_adds_nothing(store: Store) -> None:
@@ -222,7 +217,7 @@ def test_pandas_and_pyarrow_read_a_table_without_layerwise(store: Store) -> None
     ]  # fmt: skip
     table = ds.dataset(folder, partitioning="hive").to_table(filter=ds.field("run") == "r1")
     assert table.column("genome").to_pylist() == [[1, 2], [2, 2]]
-    assert pq.read_schema(next(folder.rglob("*.parquet"))).metadata[b"layerwise_schema_version"] == b"2"
+    assert pq.read_schema(next(folder.rglob("*.parquet"))).metadata[b"layerwise_schema_version"] == b"3"
 
 
 def test_a_file_of_an_older_layerwise_lacks_columns_and_one_of_a_newer_has_more(store: Store) -> None:
@@ -239,6 +234,70 @@ def test_a_file_of_an_older_layerwise_lacks_columns_and_one_of_a_newer_has_more(
     frame = store.read("candidates")
     assert list(frame.columns) == list(columns_of("candidates"))
     assert frame["bits"].isna().tolist() == [False, True, False]
+
+
+COMMON_OF_2 = {
+    "run_id": pa.string(), "stage": pa.string(), "stage_key": pa.string(), "attempt": pa.int16(), "seq": pa.int64(),
+    "written_at": pa.timestamp("us", tz="UTC"), "schema_version": pa.int16(),
+}  # fmt: skip
+LEVELS_OF_2 = {
+    "unit": pa.string(), "level": pa.string(), "method": pa.string(), "bits": pa.float32(), "group_size": pa.int32(),
+    "sym": pa.bool_(), "desc_act": pa.string(), "damp_percent": pa.float32(), "effective_bits": pa.float64(),
+    "size_bytes": pa.int64(), "weight_nmse": pa.float64(), "output_error": pa.float64(), "status": pa.string(),
+    "error": pa.string(),
+}  # fmt: skip
+UNITS_OF_2 = {
+    "unit": pa.string(), "kind": pa.string(), "block": pa.int16(), "shape": pa.list_(pa.int32()),
+    "n_weights": pa.int64(), "group": pa.string(),
+}  # fmt: skip
+ALLOCATIONS_OF_2 = {
+    "candidate": pa.string(), "solver": pa.string(), "budget": pa.string(), "seed": pa.int64(),
+    "genome": pa.list_(pa.int16()), "units": pa.list_(pa.string()), "levels": pa.list_(pa.string()),
+    "bits": pa.float64(), "effective_bits": pa.float64(), "bytes": pa.int64(), "kl": pa.float64(),
+    "seconds": pa.float64(), "ms": pa.float64(),
+}  # fmt: skip
+
+
+def write_as_2(store: Store, table: str, columns: Mapping[str, pa.DataType], row: Mapping[str, Any]) -> None:
+    """A file as version 2 of the schema wrote it: its columns, in its order."""
+    common = {
+        "run_id": "r1", "stage": "s", "stage_key": KEY, "attempt": 1, "seq": 0, "schema_version": 2,
+        "written_at": datetime(2026, 11, 1, tzinfo=UTC),
+    }  # fmt: skip
+    fields = {**COMMON_OF_2, **columns}
+    arrays = [pa.array([{**common, **row}.get(name)], kind) for name, kind in fields.items()]
+    schema = pa.schema(list(fields.items()), metadata={"layerwise_schema_version": "2"})
+    path = store.root / "tables" / table / "run=r1" / f"{KEY[:16]}-000000000-000000000.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path, compression="zstd")
+
+
+def test_files_of_the_second_version_are_read_beside_new_ones(store: Store) -> None:
+    """Its levels told the parameters of one method in columns of their own, and knew two resources."""
+    level = {
+        "unit": "q", "level": "gptq-3b-g128", "method": "gptq", "bits": 3.0, "group_size": 128, "sym": True,
+        "effective_bits": 3.125, "size_bytes": 999, "weight_nmse": 0.1, "output_error": 0.2, "status": "ok",
+    }  # fmt: skip
+    write_as_2(store, "levels", LEVELS_OF_2, level)
+    write_as_2(store, "units", UNITS_OF_2, {"unit": "q", "shape": [4, 4], "n_weights": 16, "group": "0.qkv"})
+    chosen = {"candidate": "abc", "solver": "ilp", "budget": "bits=3", "units": ["q"], "levels": ["gptq-3b-g128"],
+              "genome": [0], "bits": 3.0, "effective_bits": 3.125, "bytes": 999, "kl": 0.5}  # fmt: skip
+    write_as_2(store, "allocations", ALLOCATIONS_OF_2, chosen)
+    newer = {"unit": "k", "level": "drop", "method": "drop", "recipe": "{}", "offered": True, "bits": 0.0,
+             "parameters": 0, "flops": 0.0, "size_bytes": 0, "status": "ok"}  # fmt: skip
+    put(store, [newer], table="levels", run_id="r2", stage_key="cd" * 32)
+
+    old, new = store.rows("levels")
+    assert {name: old[name] for name in ("unit", "level", "bits", "effective_bits", "size_bytes", "weight_nmse")} == {
+        name: level[name] for name in ("unit", "level", "bits", "effective_bits", "size_bytes", "weight_nmse")
+    }
+    assert {old[name] for name in ("recipe", "offered", "parameters", "flops")} == {None}
+    assert (new["recipe"], new["offered"], new["parameters"], new["flops"]) == ("{}", True, 0, 0.0)
+    assert not {"group_size", "sym", "desc_act", "damp_percent"} & set(old)
+    (unit,), (allocation,) = store.rows("units"), store.rows("allocations")
+    assert (unit["n_weights"], unit["role"], unit["status"]) == (16, None, None)
+    assert (allocation["bytes"], allocation["kl"], allocation["parameters"]) == (999, 0.5, None)
+    assert store.read("levels")["size_bytes"].tolist() == [999, 0]
 
 
 def test_a_damaged_file_is_named(store: Store) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from layerwise.pipeline.executors.inline import InlineExecutor
 from layerwise.pipeline.executors.journal import JournaledExecutor
 from layerwise.results.store import Store
 from layerwise.stages import find_stage
 from layerwise.stages.contract import Context, ModelSource, TextSource
+
+settings.register_profile("stages", deadline=None, derandomize=True)  # no clock, and the same cases every time
+settings.load_profile("stages")
 
 BLOCKS, WIDTH, INNER, VOCABULARY, LENGTH = 3, 32, 40, 256, 16
 """An inner width of 40 leaves ragged groups of 16 and 32."""
@@ -43,6 +47,39 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", _COMMON),  # q, k and v are one layer, gate and up another
 }
 
+_EXPERTS = 4
+"""Of each block, two for every token."""
+
+MOE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", _COMMON | {"num_local_experts": _EXPERTS, "num_experts_per_tok": 2}),
+    "qwen3moe": (
+        "Qwen3MoeConfig",
+        _COMMON | {"head_dim": 16, "num_experts": _EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "olmoe": ("OlmoeConfig", _COMMON | {"num_experts": _EXPERTS, "num_experts_per_tok": 2}),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        _COMMON | {"num_local_experts": _EXPERTS, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    ),
+}
+"""Mixtures of experts: the experts are matrices of stacked parameters, in the files of most families single tensors."""
+
+OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": (  # its blocks answer with tuples, attention and feed-forward stand side by side; the head has a bias
+        "GPTJConfig",
+        {
+            "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_inner": INNER, "n_layer": BLOCKS, "n_head": 4,
+            "n_positions": 64, "rotary_dim": 4, "bos_token_id": None, "eos_token_id": None,
+        },
+    ),
+    "bloom": (  # one piece: its half-blocks get the residual handed in and add it themselves; its head is tied
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": BLOCKS, "n_head": 4},
+    ),
+}  # fmt: skip
+
+ALL_FAMILIES = {**FAMILIES, **MOE_FAMILIES, **OTHER_FAMILIES}
+
 
 def _save_tokenizer(folder: Path) -> None:
     """One token per byte of UTF-8."""
@@ -61,8 +98,8 @@ def _save_model(folder: Path, family: str) -> None:
     import torch
     import transformers
 
-    name, settings = FAMILIES[family]
-    generator = torch.Generator().manual_seed(sorted(FAMILIES).index(family))
+    name, settings = ALL_FAMILIES[family]
+    generator = torch.Generator().manual_seed([*sorted(FAMILIES), *MOE_FAMILIES, *OTHER_FAMILIES].index(family))
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -101,7 +138,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """Every family in turn."""
+    """Every plain family in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=MOE_FAMILIES)
+def moe_family(request: pytest.FixtureRequest) -> str:
+    """Every mixture of experts in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=ALL_FAMILIES)
+def any_family(request: pytest.FixtureRequest) -> str:
+    """Every family in turn: plain ones, mixtures of experts, and those of another build."""
     name: str = request.param
     return name
 
@@ -152,6 +203,31 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextSource]:
     return sources
 
 
+@pytest.fixture(scope="session")
+def make_levels() -> Callable[..., list[Any]]:
+    """Levels of one weight, by a method of scope `unit`.
+
+    Takes the method, the weight (out, in), its statistics by name, `keep` of an earlier pruning, and the menu's keys.
+    """
+
+    def make(
+        method: str, weight: Any, statistics: Mapping[str, Any] | None = None, *, keep: Any = None, **menu: Any
+    ) -> list[Any]:
+        from layerwise.stages.compress import Task, find_compressor
+        from layerwise.stages.models.network import Unit, View
+
+        known = statistics or {}
+        unit = Unit("unit", "unit", "linear", 0, tuple(weight.shape), (0,), View("unit.weight"))
+        task = Task(
+            {"unit": weight}, lambda _, name: known[name], {"unit": unit}, {} if keep is None else {"unit": keep}
+        )
+        compressor = find_compressor(method)
+        (made,) = compressor.run(task, compressor.params.model_validate({"method": method, **menu})).values()
+        return made
+
+    return make
+
+
 @dataclass(frozen=True)
 class Result:
     """What a stage left behind.
@@ -176,20 +252,30 @@ class Bench:
     data: Mapping[str, TextSource]
     runs: int = field(default=0, init=False)
 
-    def run(self, stage: str, params: Mapping[str, Any] | None = None, **inputs: Path | Sequence[Path]) -> Result:
+    def run(
+        self,
+        stage: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        again: bool = False,
+        **inputs: Path | Sequence[Path],
+    ) -> Result:
         """Run a stage.
 
         Args:
             stage: its name.
             params: its `with:`.
+            again: go on with the last run of this stage, which was interrupted.
             inputs: artifact folders by port.
         """
         found = find_stage(stage)
-        self.runs += 1
+        self.runs += not again
         place = self.folder / f"{self.runs:02}-{stage}"
         key = hashlib.sha256(place.name.encode()).hexdigest()
+        if again:
+            shutil.rmtree(place / "out")
         for name in ("out", "items"):
-            (place / name).mkdir(parents=True)
+            (place / name).mkdir(parents=True, exist_ok=again)
         store = Store.open(self.folder / "results", create=True)
         seqs: dict[str, int] = {}
         progress: list[tuple[int, int, str]] = []
@@ -234,6 +320,12 @@ def new_bench(tmp_path: Path, texts: dict[str, TextSource]) -> Callable[..., Ben
     return new
 
 
+@pytest.fixture(scope="session")
+def make_bench(tmp_path_factory: pytest.TempPathFactory, texts: dict[str, TextSource]) -> Callable[[Path], Bench]:
+    """The same for several tests: a bench for a model folder that outlives the test that made it."""
+    return lambda model: Bench(tmp_path_factory.mktemp(f"bench-{model.name}"), ModelSource(model), texts)
+
+
 MENU = [
     {"method": "gptq", "bits": [2, 4], "group_size": 16},
     {"method": "rtn", "bits": 3, "group_size": 32, "sym": False},
@@ -271,3 +363,123 @@ def chain(
         return made[family]
 
     return get
+
+
+_LAST = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "fc_out", "dense", "dense_4h_to_h")
+"""The last weight of every half-block, as families call it: with it and its bias at zero the half adds nothing."""
+
+
+@pytest.fixture(scope="session")
+def rebuilt() -> Callable[..., Any]:
+    """Another model made of a Hugging Face model by hand: an oracle that knows no views and no levels.
+
+    Takes the model, (out, in) weights by unit, and the half-blocks and blocks to be left out. A weight's place is told
+    by the unit's name alone; a part is left out by putting zeros where it adds to the hidden state.
+    """
+    import copy
+
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    def rebuild(model: Any, weights: Mapping[str, Any], dropped: Sequence[str] = ()) -> Any:
+        changed = copy.deepcopy(model)
+        modules = dict(changed.named_modules())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                if name in modules:
+                    module = modules[name]
+                    module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight.reshape(module.weight.shape))
+                else:
+                    path, number, parameter = name.rsplit(".", 2)
+                    getattr(modules[path], parameter)[int(number)].copy_(weight)
+            for name in dropped:
+                inside = (
+                    f"{name}." if name in modules else f"{name.rpartition('.')[0]}.fc2."
+                )  # OPT has no module for it
+                ends = [
+                    parameter
+                    for path, parameter in changed.named_parameters()
+                    if path.startswith(inside) and set(path.split(".")) & set(_LAST)
+                ]
+                assert ends, f"{name}: nothing known to be its last weight"
+                for parameter in ends:
+                    parameter.zero_()
+        return changed
+
+    return rebuild
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """An allocation that was made by hand, and what it takes to apply it.
+
+    Args:
+        levels: what `compress` left.
+        inputs: artifact folders by port, as `apply` and `evaluate` want them.
+        shapes: (out, in) by unit.
+        gone: what the names of everything that is dropped begin with.
+    """
+
+    bench: Bench
+    levels: Result
+    allocation: Any
+    inputs: Mapping[str, Path]
+    shapes: Mapping[str, tuple[int, int]]
+    gone: tuple[str, ...]
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint belongs to a part that is dropped."""
+        return name.startswith(self.gone)
+
+
+@pytest.fixture(scope="session")
+def in_turn(model_folder: Callable[[str], Path], make_bench: Callable[[Path], Bench]) -> Callable[..., InTurn]:
+    """A family's weights, embedding and head included, at dense, 3 bits and half pruned in turn.
+
+    With `dropped`, the last block is left out, and of the one before its attention where it has halves. `folder` is
+    another checkpoint of the family. Each is made once.
+    """
+    made: dict[tuple[str, bool, Path], InTurn] = {}
+
+    def get(family: str, *, dropped: bool = False, folder: Path | None = None) -> InTurn:
+        key = family, dropped, folder or model_folder(family)
+        if key not in made:
+            made[key] = _in_turn(make_bench(key[2]), dropped, whole="bloom" in family)
+        return made[key]
+
+    return get
+
+
+def _in_turn(bench: Bench, dropped: bool, *, whole: bool) -> InTurn:
+    from layerwise.stages.allocate.allocation import make_allocation, save_allocations
+    from layerwise.stages.allocate.costs import CostTable
+    from layerwise.stages.levels.database import DatabaseIndex
+
+    menu = [
+        {"method": "rtn", "bits": 3, "group_size": 16, "sym": False},
+        {"method": "magnitude", "sparsity": 0.5},
+        {"method": "drop", "units": ["block"] if whole else ["attention", "block"]},
+        {"method": "dense"},
+    ]
+    levels = bench.run("compress", {"menu": menu, "targets": ["blocks", "head", "embedding"]})
+    table = CostTable(DatabaseIndex(levels.out))
+    units = [entry.unit for entry in table.units]
+    blocks = [unit for unit in units if unit.role == "block"]
+    gone = [blocks[-1], *(unit for unit in units if unit.role == "attention" and unit.parent == blocks[-2].name)]
+    numbers = [
+        int(dropped and unit in gone) if unit.is_parent else (1 + number) % 3 for number, unit in enumerate(units)
+    ]
+    head = next(number for number, unit in enumerate(units) if unit.role == "head")
+    numbers[head] = 1
+    allocation = make_allocation(table, numbers, solver="hand", budget={"bits": 32.0})
+    folder = bench.folder / f"allocations-{dropped}"
+    folder.mkdir()
+    save_allocations(folder, [allocation])
+    return InTurn(
+        bench,
+        levels,
+        allocation,
+        {"allocations": folder, "database": levels.out},
+        {unit.name: unit.shape for unit in units},
+        tuple(f"{unit.name}." for unit in gone) if dropped else ("nothing is dropped",),
+    )

@@ -70,7 +70,7 @@ def test_what_was_measured_is_found_again_on_the_same_machine(run: Run) -> None:
 
 def test_the_best_allocation_is_there_in_packed_form(run: Run) -> None:
     files = {file.name for file in (run.folder / "stages" / "best").iterdir()}
-    assert {"packed.json", "packed.safetensors", "weights.safetensors", "allocation.json"} <= files
+    assert {"packed.json", "packed.safetensors", "model.json", "units"} <= files
 
 
 def test_the_command_line_shows_milliseconds_beside_the_sizes(run: Run) -> None:

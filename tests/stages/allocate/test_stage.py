@@ -6,7 +6,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from layerwise.errors import InfeasibleBudget, LayerwiseError, UsageError
 from layerwise.solvers import SEARCHES, SOLVERS
-from layerwise.stages.allocate.allocation import CostTable, load_allocations
-from layerwise.stages.allocate.stage import AllocateParams
+from layerwise.stages.allocate.allocation import load_allocations
+from layerwise.stages.allocate.costs import CostTable
+from layerwise.stages.allocate.stage import AllocateParams, mistakes
 from layerwise.stages.levels.database import DatabaseIndex
 
 QUICK = {
@@ -41,14 +43,14 @@ def test_every_solver_stays_within_every_budget(
     found = made.allocate({"solver": solver, "budgets": BUDGETS, "tie": tie, **settings})
     allocations, rows = load_allocations(found.out), found.rows["allocations"]
     units = DatabaseIndex(made.levels.out).units
-    n_weights = sum(unit["n_weights"] for unit in units)
+    n_weights = sum(unit.n_weights for unit in units)
     for budget, allocation, row in zip(BUDGETS["bits"], allocations, rows, strict=True):
-        chosen = [next(x for x in unit["levels"] if x["level"] == allocation.levels[unit["unit"]]) for unit in units]
-        bits = math.fsum(level["bits"] * unit["n_weights"] for unit, level in zip(units, chosen, strict=True))
-        assert bits / n_weights == pytest.approx(allocation.bits)
-        assert allocation.bits <= budget * (1 + 1e-9)
-        for group in {unit["group"] for unit in units} - {None} if tie == "fused" else ():
-            assert len({allocation.levels[unit["unit"]] for unit in units if unit["group"] == group}) == 1
+        named = {"gptq-2b-g16": 2, "gptq-4b-g16": 4, "rtn-3b-g32-asym": 3}
+        bits = sum(named[allocation.levels[unit.name]] * unit.n_weights for unit in units)
+        assert bits / n_weights == pytest.approx(allocation.sizes["bits"])
+        assert allocation.sizes["bits"] <= budget * (1 + 1e-9)
+        for group in {unit.unit.group for unit in units} - {None} if tie == "fused" else ():
+            assert len({allocation.levels[unit.name] for unit in units if unit.unit.group == group}) == 1
         assert allocation.kl is not None
         assert allocation.perplexity is not None
         assert row["kl"] == allocation.kl
@@ -61,9 +63,9 @@ def test_every_solver_stays_within_every_budget(
 def test_ilp_and_dp_find_the_least_sum_of_the_profile(chain: Callable[[str], Any]) -> None:
     made = chain("gpt2")
     index = DatabaseIndex(made.levels.out)
-    losses = np.array(json.loads((made.profile.out / "profile.json").read_text())["metrics"]["kl"])
-    weights = np.array([unit["n_weights"] for unit in index.units])
-    bits = np.array([[level["bits"] for level in unit["levels"]] for unit in index.units]) * weights[:, None]
+    losses = np.array(json.loads((made.profile.out / "profile.json").read_text())["metrics"]["kl"])[:, 1:]
+    weights = np.array([unit.n_weights for unit in index.units])
+    bits = np.array([2, 4, 3]) * weights[:, None]
     one_level_each = LinearConstraint(np.kron(np.eye(len(weights)), np.ones(3)), 1, 1)
     budget = LinearConstraint(bits.reshape(1, -1), -np.inf, 2.8 * weights.sum())
     best = milp(
@@ -160,19 +162,154 @@ def test_perplexity_can_be_what_is_minimised(chain: Callable[[str], Any]) -> Non
 
 def test_budgets_of_two_resources_give_every_combination(chain: Callable[[str], Any]) -> None:
     made = chain("llama")
-    sizes = [CostTable(DatabaseIndex(made.levels.out)).describe([level] * 21)["bytes"] for level in (0, 1)]
+    sizes = [CostTable(DatabaseIndex(made.levels.out)).describe([level] * 21)["bytes"] for level in (1, 2)]
     budgets = {"bits": [3.0, 3.5], "bytes": [sum(sizes) / 2, sizes[1]]}
     found = load_allocations(made.allocate({"solver": "ilp", "budgets": budgets}).out)
     assert len(found) == 4
     for allocation, (bits, size) in zip(found, itertools.product(*budgets.values()), strict=True):
-        assert allocation.bits <= bits
-        assert allocation.bytes <= size
+        assert allocation.sizes["bits"] <= bits
+        assert allocation.sizes["bytes"] <= size
 
 
 def test_two_budgets_may_lead_to_one_allocation(chain: Callable[[str], Any]) -> None:
     found = load_allocations(chain("llama").allocate({"solver": "uniform", "budgets": {"bits": [3.0, 3.1]}}).out)
     assert found[0].candidate == found[1].candidate
-    assert (found[0].kl, found[0].bits) == (found[1].kl, 3.0)
+    assert (found[0].kl, found[0].sizes["bits"]) == (found[1].kl, 3.0)
+
+
+# --- bits, sparsity and depth in one search ---
+
+MIXED = [
+    {"method": "rtn", "bits": 3, "group_size": 16},
+    {"method": "magnitude", "sparsity": 0.5},
+    {"method": "drop", "units": ["attention", "mlp", "block"]},
+    {"method": "dense"},
+]
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path], make_bench: Callable[..., Any]
+) -> Any:
+    """A model of two blocks, of each half one weight with three levels, and everything may be dropped."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("two-blocks")
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=2, initializer_range=0.3, **sizes))
+    model.save_pretrained(folder)
+    for file in model_folder("llama").glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    bench = make_bench(folder)
+    levels = bench.run("compress", {"menu": MIXED, "targets": ["o_proj", "down_proj"]})
+    return bench, levels, bench.run("profile", {"metrics": ["kl"], "tokens": 96}, database=levels.out)
+
+
+def every_model(profile: Path) -> list[tuple[float, dict[str, float], dict[str, str]]]:
+    """Each of the 5184 genomes by hand: additive loss of what is there, its resources, its levels.
+
+    Counted from the shapes that the fixture gave the model; all is float32.
+    """
+    document = json.loads((profile / "profile.json").read_text())
+    units, levels, losses = document["units"], document["levels"], document["metrics"]["kl"]
+    sizes = {"o_proj": 16 * 16, "down_proj": 16 * 24}
+    beside = {"self_attn": 3 * 16 * 16, "mlp": 2 * 16 * 24, "block": 2 * 16}  # q, k, v; gate, up; two norms
+    rest = {"parameters": 2 * 256 * 16 + 16, "flops": 2 * 256 * 16}  # embedding, head and norm; the head's products
+    found = []
+    for genome in itertools.product(*(range(len(own)) for own in levels)):
+        chosen = dict(zip(units, genome, strict=True))
+        gone = {name for name, number in chosen.items() if levels[units.index(name)][number] == "drop"}
+        there = {name for name in units if not any(name.startswith(f"{part}.") for part in gone)}
+        bits, parameters, flops = 0.0, float(rest["parameters"]), float(rest["flops"])
+        for name in there:
+            leaf = name.rpartition(".")[2]
+            if leaf in sizes:
+                kind = levels[units.index(name)][chosen[name]].partition("-")[0]
+                kept = sizes[leaf] * (0.5 if kind == "magnitude" else 1)
+                bits += {"rtn": 3, "magnitude": 32, "dense": 32}[kind] * kept
+                parameters += kept
+                flops += 2 * kept
+            elif name not in gone:
+                own = beside[leaf if leaf in beside else "block"]
+                parameters += own
+                flops += 0 if leaf.isdigit() else 2 * own
+        loss = math.fsum(losses[units.index(name)][chosen[name]] for name in there)
+        totals = {"bits": bits / (2 * sum(sizes.values())), "parameters": parameters, "flops": flops}
+        found.append((loss, totals, {name: levels[units.index(name)][chosen[name]] for name in there}))
+    return found
+
+
+@pytest.mark.parametrize("solver", ["ilp", "branch"])
+def test_bits_depth_and_sparsity_are_chosen_together_as_exhaustion_would(mixed: Any, solver: str) -> None:
+    bench, levels, profile = mixed
+    models = every_model(profile.out)
+    assert len(models) == 3**4 * 2**6
+    kinds: set[str] = set()
+    for budget in (
+        {"bits": 12.0},
+        {"parameters": 9700},
+        {"flops": 11200},
+        {"bits": 20.0, "parameters": 10200, "flops": 12000},
+    ):
+        inputs = {"database": levels.out, "profile": profile.out}
+        (row,) = bench.run("allocate", {"solver": solver, "budgets": budget}, **inputs).rows["allocations"]
+        within = [
+            (loss, totals, chosen) for loss, totals, chosen in models
+            if all(totals[resource] <= amount for resource, amount in budget.items())
+        ]  # fmt: skip
+        best = min(loss for loss, _, _ in within)
+        assert row["predicted_loss"] == pytest.approx(best, rel=1e-6), budget
+        own = dict(zip(row["units"], row["levels"], strict=True))
+        (told,) = {tuple(sorted(totals.items())) for _, totals, chosen in models if chosen == own}
+        assert {resource: row[resource] for resource, _ in told} == pytest.approx(dict(told))
+        assert all(row[resource] <= amount * (1 + 1e-9) for resource, amount in budget.items())
+        kinds |= {level.partition("-")[0] for level in own.values()}
+    assert kinds == {"dense", "rtn", "magnitude", "keep", "drop"}, "each is worth it for one of the budgets"
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, *SEARCHES])
+def test_budgets_of_every_resource_are_kept_where_parts_may_be_dropped(mixed: Any, solver: str) -> None:
+    bench, levels, profile = mixed
+    settings = QUICK if solver == "evolve" else SHORT
+    for resource in ("bytes", "parameters", "flops"):
+        params = {"solver": solver, "budgets": {resource: ["15%", "60%"]}, **settings}
+        made = bench.run("allocate", params, database=levels.out, profile=profile.out)
+        table = CostTable(DatabaseIndex(levels.out))
+        amounts = table.problem({}, tie=False, losses=None).reachable(resource)
+        least, most = (amount + table.rest[resource] for amount in amounts)
+        for allocation, share in zip(load_allocations(made.out), (0.15, 0.6), strict=True):
+            assert allocation.sizes[resource] <= (least + share * (most - least)) * (1 + 1e-9)
+            assert allocation.kl is not None
+
+
+def what_is_left(chosen: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    """A model by what distinguishes it: levels of what is there, and where something was."""
+    gone = {name for name, level in chosen.items() if level == "drop"}
+    gone |= {block for block in ("model.layers.0", "model.layers.1") if {f"{block}.self_attn", f"{block}.mlp"} <= gone}
+    inside = {name for name in chosen if any(name.startswith(f"{part}.") for part in gone)}
+    there = {(name, level) for name, level in chosen.items() if name not in inside | gone}
+    return frozenset(there | {(name, "drop") for name in gone - inside})
+
+
+def test_candidates_of_a_search_over_parts_are_models_and_no_model_has_two_ids(mixed: Any) -> None:
+    bench, levels, profile = mixed
+    params = {"solver": "evolve", "budgets": {"bits": 8.0}, "seed": 2, **QUICK, "generations": 12, "offspring": 12}
+    found = bench.run("allocate", params, database=levels.out, profile=profile.out)
+    table, rows = CostTable(DatabaseIndex(levels.out)), found.rows["candidates"]
+    ids: dict[frozenset[tuple[str, str]], set[str]] = {}
+    for row in rows:
+        assert row["bits"] <= 8.0 * (1 + 1e-9)
+        chosen = {unit.name: unit.levels[n].name for unit, n in zip(table.units, row["genome"], strict=True)}
+        ids.setdefault(what_is_left(chosen), set()).add(row["candidate"])
+    assert {len(known) for known in ids.values()} == {1}
+    assert len(set().union(*ids.values())) == len(ids)
+    assert any("drop" in dict(model).values() for model in ids)
+    first = [row["fitness"] for row in rows if row["generation"] == rows[0]["generation"]]
+    (end,) = load_allocations(found.out)
+    assert end.kl is not None
+    assert end.kl <= max(first)
 
 
 # --- what it refuses ---
@@ -223,7 +360,7 @@ def test_bytes_out_of_reach_are_those_of_the_whole_model(
     chain: Callable[[str], Any], model_folder: Callable[[str], Path]
 ) -> None:
     made = chain("llama")
-    least = CostTable(DatabaseIndex(made.levels.out)).describe([0] * 21)["bytes"]
+    least = CostTable(DatabaseIndex(made.levels.out)).describe([1] * 21)["bytes"]
     with pytest.raises(InfeasibleBudget, match=f"least reachable {least}"):
         made.allocate({"solver": "uniform", "budgets": {"bytes": least - 1}})
     made.allocate({"solver": "uniform", "budgets": {"bytes": least}})
@@ -259,6 +396,44 @@ def test_a_profile_of_another_database_is_refused(chain: Callable[[str], Any]) -
         made.bench.run(
             "allocate", {"solver": "ilp", "budgets": {"bits": 3}}, database=other.out, profile=made.profile.out
         )
+
+
+def test_a_loss_that_does_not_know_dropped_parts_is_refused_before_anything_runs() -> None:
+    """Weight and output errors are those of weights; a level without a loss is never chosen."""
+    from layerwise.stages.compress.stage import CompressParams
+    from layerwise.stages.profile.stage import ProfileParams
+
+    feeding = {"database": [CompressParams.model_validate({"menu": MIXED})], "profile": [ProfileParams()]}
+    for loss in ("output_error", "weight_nmse"):
+        params = AllocateParams.model_validate({"solver": "ilp", "loss": loss, "budgets": {"bits": 3}})
+        (mistake,) = mistakes(params, feeding)
+        assert mistake == (
+            ("loss",),
+            f"only kl knows what a dropped part costs: with {loss} none would ever be dropped",
+        )
+        assert not list(mistakes(params, {**feeding, "database": [CompressParams.model_validate({"menu": MIXED[:2]})]}))
+    assert not list(mistakes(AllocateParams.model_validate({"solver": "ilp", "budgets": {"bits": 3}}), feeding))
+
+
+def test_ties_hold_inside_parts_that_may_be_dropped(
+    model_folder: Callable[[str], Path], new_bench: Callable[..., Any]
+) -> None:
+    bench = new_bench(model_folder("llama"))
+    menu = [{"method": "rtn", "bits": [2, 3, 4], "group_size": 16}, {"method": "drop", "units": ["attention", "mlp"]}]
+    levels = bench.run("compress", {"menu": menu})
+    profile = bench.run("profile", {"metrics": ["kl"], "tokens": 32}, database=levels.out)
+    groups: dict[str, set[str]] = {}
+    for entry in DatabaseIndex(levels.out).units:
+        if entry.unit.group is not None:
+            groups.setdefault(entry.unit.group, set()).add(entry.name)
+    assert len(groups) == 6
+    for solver in ("ilp", "branch", "evolve"):
+        params = {"solver": solver, "budgets": {"bits": [1.2, 2.4]}, "tie": "fused", **QUICK}
+        found = bench.run("allocate", params, database=levels.out, profile=profile.out)
+        for allocation in load_allocations(found.out):
+            assert "drop" in allocation.levels.values() or allocation.sizes["bits"] > 2
+            for members in groups.values():
+                assert len({allocation.levels.get(unit) for unit in members}) == 1, "one level, or all of them gone"
 
 
 @pytest.mark.parametrize(

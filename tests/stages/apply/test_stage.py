@@ -1,8 +1,7 @@
-"""The `apply` and `export` stages: the decoded weights, in a folder that transformers loads."""
+"""The `apply` stage: levels stay encoded as they were made, and the model is the one that was chosen."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,10 @@ from safetensors.torch import load_file
 
 from layerwise.errors import UsageError
 from layerwise.stages.allocate.allocation import load_allocations
-from layerwise.stages.apply.model import AppliedModel, AppliedModels
+from layerwise.stages.evaluate.model_levels import ModelLevels
 from layerwise.stages.levels.database import Database
+from layerwise.stages.models.causal_lm import CausalLM
+from layerwise.stages.models.compressed import CompressedModel, source_of
 
 IDS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(9))
 
@@ -43,36 +44,84 @@ def apply(chain: Callable[[str], Any], searched: Callable[[str], Any]) -> Callab
     return run
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_compressed_model_holds_the_decoded_weights_as_the_checkpoint_would(
-    chain: Callable[[str], Any], model_folder: Callable[[str], Path], apply: Callable[..., Any], family: str
+def tensors_of(folder: Path, unit: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "units" / f"{unit}.safetensors")
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("any_family", ["llama", "gpt2", "qwen3", "mixtral", "granitemoe", "bloom"], indirect=True)
+def test_a_model_keeps_its_levels_encoded_and_takes_the_bytes_that_were_predicted(
+    in_turn: Callable[..., Any], model_folder: Callable[[str], Path], any_family: str, dropped: bool
 ) -> None:
-    made, applied = chain(family), apply(family, "bits=3")
-    database = Database(made.levels.out)
-    document = json.loads((applied.out / "allocation.json").read_text())
-    assert document["allocation"]["budget"] == "bits=3"
-    written, stored = (
-        load_file(applied.out / "weights.safetensors"),
-        load_file(model_folder(family) / "model.safetensors"),
-    )
-    assert set(written) == set(document["tensors"].values())
-    for unit, tensor in document["tensors"].items():
-        decoded = database.decode(unit, document["allocation"]["levels"][unit])
-        assert torch.equal(written[tensor], decoded.T if family == "gpt2" else decoded)
-        assert (written[tensor].dtype, written[tensor].shape) == (stored[tensor].dtype, stored[tensor].shape)
+    made = in_turn(any_family, dropped=dropped)
+    artifact = made.bench.run("apply", {"pick": made.allocation.candidate}, **made.inputs)
+    document = json.loads((artifact.out / "model.json").read_text())
+    assert document["about"]["allocation"]["candidate"] == made.allocation.candidate
+    held = {entry["unit"]["name"]: entry["level"] for entry in document["units"]}
+    changed = {unit: level for unit, level in made.allocation.levels.items() if level not in ("dense", "keep")}
+    assert held == changed
+    assert {file.name for file in (artifact.out / "units").iterdir()} == {f"{unit}.safetensors" for unit in held}
+    stored = load_file(model_folder(any_family) / "model.safetensors")
+    size = sum(tensor.nbytes for name, tensor in stored.items() if not made.is_dropped(name))
+    for unit, level in held.items():
+        written, offered = tensors_of(artifact.out, unit), tensors_of(made.levels.out, unit)
+        assert set(written) == {name for name in offered if name.startswith(f"{level}/")}
+        for name, tensor in written.items():
+            assert tensor.dtype == offered[name].dtype
+            assert torch.equal(tensor, offered[name])
+        if level != "drop":
+            rows, columns = made.shapes[unit]
+            size += sum(tensor.nbytes for tensor in written.values()) - 4 * rows * columns  # float32 before
+    assert made.allocation.sizes["bytes"] == size
+
+
+@pytest.mark.parametrize(
+    "any_family", ["llama", "gpt2", "opt", "mixtral", "granitemoe", "gptj", "bloom"], indirect=True
+)
+def test_a_model_that_is_loaded_says_what_the_allocation_says_and_one_rebuilt_by_hand(
+    in_turn: Callable[..., Any],
+    load_model: Callable[[str], Any],
+    rebuilt: Callable[..., Any],
+    any_family: str,
+) -> None:
+    made = in_turn(any_family, dropped=True)
+    artifact = made.bench.run("apply", {"pick": made.allocation.candidate}, **made.inputs)
+    lm, database = load_model(any_family), Database(made.levels.out, made.bench.model)
+    gone = [unit for unit, level in made.allocation.levels.items() if level == "drop"]
+    weights = {
+        unit: database.level(unit, level).decode()
+        for unit, level in made.allocation.levels.items()
+        if level not in ("drop", "keep", "dense")
+    }
+    assert gone
+    assert len(weights) > 3
+    with torch.no_grad():
+        expected = rebuilt(lm.model, weights, gone)(input_ids=IDS, use_cache=False).logits
+        found = CausalLM.load(source_of(artifact.out, made.bench.model)).logits(IDS)
+    scale = float(expected.abs().max())
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * scale)  # float32, another order of sums
+    assert not torch.allclose(expected, lm.logits(IDS), rtol=0, atol=1e-2 * scale)
+
+    scores = made.bench.run("evaluate", models=[artifact.out], **made.inputs)
+    metrics = json.loads((scores.out / "metrics.json").read_text())
+    by_levels, by_model = (metrics[name] for name in (made.allocation.candidate, f"{made.allocation.candidate}@model"))
+    assert by_levels["kl"]["mean"] > 0.01
+    for metric, measured in by_levels.items():
+        assert by_model[metric]["sequences"] == pytest.approx(measured["sequences"], abs=1e-6)
 
 
 @pytest.mark.parametrize("how", ["knee", "best", "smallest"])
 def test_the_pick_is_one_of_the_allocations(
     apply: Callable[..., Any], searched: Callable[[str], Any], how: str
 ) -> None:
-    picked = AppliedModel(apply("llama", how).out).allocation
+    picked = CompressedModel(apply("llama", how).out).document.about["allocation"]
     found = load_allocations(searched("llama").out)
     assert picked["candidate"] in {allocation.candidate for allocation in found}
     if how != "knee":
-        key = {"best": lambda a: a.kl, "smallest": lambda a: a.bits}[how]
+        key = {"best": lambda a: a.kl, "smallest": lambda a: a.sizes["bits"]}[how]
         assert picked["candidate"] == min(found, key=key).candidate
-    assert AppliedModel(apply("llama", picked["candidate"][:6]).out).allocation == picked
+    again = CompressedModel(apply("llama", picked["candidate"][:6]).out).document.about["allocation"]
+    assert again == picked
 
 
 def test_a_pick_that_fits_nothing_is_refused(apply: Callable[..., Any]) -> None:
@@ -88,9 +137,10 @@ def test_a_database_of_another_compress_stage_is_refused(
         {"method": "gptq", "bits": [2, 4], "group_size": 16, "block_size": 7, "damp_percent": 0.01},
         {"method": "rtn", "bits": 3, "group_size": 32, "sym": False},
     ]
-    names = [level["level"] for level in Database(made.levels.out).units[0]["levels"]]
+    names = [level.name for level in Database(made.levels.out, made.bench.model).units[0].levels]
     other = made.bench.run("compress", {"menu": menu}, statistics=made.stats.out)
-    assert [level["level"] for level in Database(other.out).units[0]["levels"]] == names, "nothing in the names tells"
+    said = [level.name for level in Database(other.out, made.bench.model).units[0].levels]
+    assert said == names, "nothing in the names tells"
     with pytest.raises(UsageError, match="was made with another database"):
         made.bench.run("apply", allocations=searched("llama").out, database=other.out)
     with pytest.raises(UsageError, match="was made with another database"):
@@ -99,85 +149,10 @@ def test_a_database_of_another_compress_stage_is_refused(
 
 def test_models_side_by_side_are_levels_of_their_units(apply: Callable[..., Any]) -> None:
     folders = [apply("gpt2", pick).out for pick in ("bits=2.4", "bits=3.6")]
-    models = AppliedModels(folders)
+    models = ModelLevels(folders)
     for unit in models.unit_names:
-        for level, folder in enumerate(folders):
-            model = AppliedModel(folder)
-            assert torch.equal(models.weight(unit, level), model.read(model.tensors[unit]))
-
-
-# --- export ---
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_an_exported_folder_loads_with_transformers_and_says_what_the_decoded_weights_say(
-    chain: Callable[[str], Any], load_model: Callable[[str], Any], apply: Callable[..., Any], family: str
-) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    made, applied = chain(family), apply(family)
-    exported = made.bench.run("export", model=applied.out)
-    model, info = AutoModelForCausalLM.from_pretrained(exported.out, output_loading_info=True, local_files_only=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    database, expected = Database(made.levels.out), copy.deepcopy(load_model(family).model)
-    levels = json.loads((exported.out / "layerwise.json").read_text())["levels"]
-    for row in database.units:
-        number = [level["level"] for level in row["levels"]].index(levels[row["unit"]])
-        expected.get_submodule(row["unit"]).weight.data = database.weight(row["unit"], number).contiguous()
-    with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=IDS).logits, expected(input_ids=IDS).logits)
-        assert not torch.equal(expected(input_ids=IDS).logits, load_model(family).logits(IDS))
-    assert AutoTokenizer.from_pretrained(exported.out)("the cat")["input_ids"]
-
-
-def test_everything_that_is_no_unit_is_exported_unchanged(
-    chain: Callable[[str], Any], model_folder: Callable[[str], Path], apply: Callable[..., Any]
-) -> None:
-    made, applied = chain("llama"), apply("llama")
-    exported, units = made.bench.run("export", model=applied.out), set(AppliedModel(applied.out).tensors.values())
-    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder("llama"), exported.out))
-    assert set(before) == set(after)
-    for name, tensor in before.items():
-        assert after[name].dtype == tensor.dtype
-        assert torch.equal(after[name], tensor) == (name not in units)
-    assert {file.name for file in exported.out.iterdir()} == {
-        *(file.name for file in model_folder("llama").iterdir()), "layerwise.json",
-    }  # fmt: skip
-
-
-def test_shards_and_half_precision_survive_the_whole_chain(
-    model_folder: Callable[[str], Path], new_bench: Callable[..., Any], tmp_path: Path
-) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path / "half"
-    half = AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.bfloat16)
-    half.save_pretrained(folder, max_shard_size="20KB")
-    AutoTokenizer.from_pretrained(model_folder("llama")).save_pretrained(folder)
-    bench = new_bench(folder)
-    stats = bench.run("calibrate")
-    menu = [{"method": "rtn", "bits": 4, "group_size": 16}, {"method": "dense"}]
-    levels = bench.run("compress", {"menu": menu}, statistics=stats.out)
-    assert {row["bits"] for row in levels.rows["levels"]} == {4, 16}
-    found = bench.run("allocate", {"solver": "uniform", "budgets": {"bits": 16}}, database=levels.out)
-    (allocation,) = load_allocations(found.out)
-    assert allocation.kl == 0.0
-    assert allocation.bytes == _tensor_bytes(folder)
-    applied = bench.run("apply", allocations=found.out, database=levels.out)
-    exported = bench.run("export", model=applied.out)
-    files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 2
-    for file in files:
-        assert _tensors(exported.out / file.name) == _tensors(file)
-
-
-def _tensors(file: Path) -> dict[str, tuple[str, bytes]]:
-    return {name: (str(t.dtype), t.view(torch.uint8).numpy().tobytes()) for name, t in load_file(file).items()}
-
-
-def _tensor_bytes(folder: Path) -> int:
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for file in folder.glob("*.safetensors")
-        for tensor in load_file(file).values()
-    )
+        assert models.weight(unit, 0) is None
+        for number, folder in enumerate(folders):
+            weight = models.weight(unit, number + 1)
+            assert weight is not None
+            assert torch.equal(weight, CompressedModel(folder).level(unit).decode())

@@ -31,7 +31,7 @@ class RecordingPool:
         return [{"kl": {"mean": sum(genome)}} for request in parts for genome in request.genomes]
 
 
-genome_lists = st.lists(st.lists(st.integers(-1, 3), min_size=3, max_size=3).map(tuple), max_size=12)
+genome_lists = st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3).map(tuple), max_size=12)
 
 
 @given(genomes=genome_lists, workers=st.integers(1, 5))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import torch
 
 from layerwise.errors import NotFinite, UsageError
 from layerwise.stages.allocate.allocation import load_allocations
-from layerwise.stages.apply.model import AppliedModel
 from layerwise.stages.data.text import cut, encode
 from layerwise.stages.levels.database import Database
+from layerwise.stages.models.compressed import CompressedModel
 
 
 def plain_figures(lm: Any, model: Any, ids: torch.Tensor) -> dict[str, float]:
@@ -46,20 +45,22 @@ def searched(chain: Callable[[str], Any]) -> Callable[[str], Any]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_allocations_and_the_dense_model_are_measured_as_plainly_run(
-    chain: Callable[[str], Any], searched: Callable[[str], Any], load_model: Callable[[str], Any], family: str
+    chain: Callable[[str], Any],
+    searched: Callable[[str], Any],
+    load_model: Callable[[str], Any],
+    rebuilt: Callable[..., Any],
+    family: str,
 ) -> None:
     made, lm = chain(family), load_model(family)
     found = made.bench.run("evaluate", allocations=[searched(family).out], database=made.levels.out)
     text = made.bench.data["heldout"]
     ids = torch.from_numpy(cut(encode(text, made.bench.model.path), text)).long()
-    database = Database(made.levels.out)
+    database = Database(made.levels.out, made.bench.model)
     rows = {(row["candidate"], row["metric"]): row for row in found.rows["metrics"]}
-    allocations = {allocation.candidate: allocation.genome for allocation in load_allocations(searched(family).out)}
+    allocations = {allocation.candidate: allocation.levels for allocation in load_allocations(searched(family).out)}
     assert {candidate for candidate, _ in rows} == {"dense", *allocations}
-    for candidate, genome in {"dense": None, **allocations}.items():
-        model = copy.deepcopy(lm.model)
-        for unit, level in zip(lm.units, genome or (), strict=genome is not None):
-            model.get_submodule(unit.name).weight.data = database.weight(unit.name, level)
+    for candidate, levels in {"dense": {}, **allocations}.items():
+        model = rebuilt(lm.model, {unit: database.level(unit, level).decode() for unit, level in levels.items()})
         for metric, value in plain_figures(lm, model, ids).items():
             row = rows[candidate, metric]
             tolerance = 1e-5 * (value if metric == "perplexity" else 1)
@@ -81,7 +82,7 @@ def test_a_float32_model_has_the_figures_of_its_allocation_under_a_name_of_its_o
     beside = made.bench.run("evaluate", allocations=folders.out, database=made.levels.out, models=models[:1])
     by_levels = made.bench.run("evaluate", allocations=folders.out, database=made.levels.out)
     documents = [json.loads((result.out / "metrics.json").read_text()) for result in (alone, beside, by_levels)]
-    candidates = [AppliedModel(model).allocation["candidate"] for model in models]
+    candidates = [CompressedModel(model).document.about["allocation"]["candidate"] for model in models]
     named = [f"{candidate}@model" for candidate in candidates]
     assert [set(document) for document in documents] == [
         {"dense", *named},

@@ -19,7 +19,8 @@ from layerwise.kernels.latency_table import LatencyTable
 from layerwise.kernels.latency_table import Row as TableRow
 from layerwise.pipeline.executors.inline import InlineExecutor
 from layerwise.pipeline.executors.journal import JournaledExecutor
-from layerwise.stages.allocate.allocation import load_allocations
+from layerwise.stages.allocate.allocation import load_allocations, make_allocation, save_allocations
+from layerwise.stages.allocate.costs import CostTable, load_times
 from layerwise.stages.allocate.stage import AllocateParams
 from layerwise.stages.allocate.stage import mistakes as allocate_mistakes
 from layerwise.stages.contract import Context, ModelSource
@@ -28,7 +29,8 @@ from layerwise.stages.latency.machine import MeasureParams, fingerprint, one_by_
 from layerwise.stages.latency.speed import SpeedParams, _compare, _rows
 from layerwise.stages.latency.speed import mistakes as speed_mistakes
 from layerwise.stages.latency.stage import _copies
-from layerwise.stages.levels.database import DatabaseIndex
+from layerwise.stages.levels.database import Database, DatabaseIndex, LevelEntry, UnitEntry
+from layerwise.stages.models.network import Unit
 
 SHORT = {"window_ms": 0.2, "samples": 3, "spread": 1000.0, "retries": 0}
 """Times that mean nothing, quickly."""
@@ -70,10 +72,10 @@ def test_every_level_of_every_unit_has_the_time_of_its_shape_and_label(
     assert said["database"] == index.digest
     times: dict[tuple[Any, ...], set[float]] = {}
     for unit, ms in zip(index.units, said["ms"], strict=True):
-        for level, one in zip(unit["levels"], ms, strict=True):
+        for level, one in zip(unit.levels, ms, strict=True):
             assert math.isfinite(one)
             assert one > 0
-            times.setdefault((*unit["shape"], level["level"]), set()).add(one)
+            times.setdefault((*unit.shape, level.name), set()).add(one)
     assert all(len(known) == 1 for known in times.values())
     assert said["rest_ms"] >= 0
     assert (said["batch"], said["tokens"]) == (2, 3)
@@ -82,7 +84,7 @@ def test_every_level_of_every_unit_has_the_time_of_its_shape_and_label(
 def test_the_table_has_a_race_for_each_shape_and_says_what_has_no_kernel(timed: Callable[[str], Any]) -> None:
     _, levels, _, found = timed("llama")
     table = LatencyTable.load(found.out / "table.json", this_device("cpu"))
-    shapes = {tuple(unit["shape"]) for unit in DatabaseIndex(levels.out).units}
+    shapes = {unit.shape for unit in DatabaseIndex(levels.out).units}
     assert {(row.n, row.k) for row in table.rows} == shapes
     assert {row.m for row in table.rows} == {6}
     for n, k in shapes:
@@ -97,7 +99,7 @@ def test_the_table_has_a_race_for_each_shape_and_says_what_has_no_kernel(timed: 
 def test_the_store_has_a_row_for_each_level_and_one_for_the_rest(timed: Callable[[str], Any]) -> None:
     _, levels, _, found = timed("llama")
     said, rows = document(found), found.rows["latency"]
-    assert len(rows) == sum(len(unit["levels"]) for unit in DatabaseIndex(levels.out).units) + 1
+    assert len(rows) == sum(len(unit.levels) for unit in DatabaseIndex(levels.out).units) + 1
     by_level = {(row["unit"], row["level"]): row for row in rows}
     for unit, names, times in zip(said["units"], said["levels"], said["ms"], strict=True):
         for name, ms in zip(names, times, strict=True):
@@ -150,15 +152,19 @@ def test_levels_whose_times_overlap_are_charged_their_mean_and_others_their_own(
 
 
 GRID = {"encoding": "grid", "group_size": -1, "sym": True}
-TWO_UNITS = [
-    {"unit": name, "shape": [4, 4], "levels": [
-        {"level": "8b", "recipe": {**GRID, "bits": 8}, "status": "ok"},
-        {"level": "4b", "recipe": {**GRID, "bits": 4}, "status": "ok"},
-        {"level": "broken", "recipe": None, "status": "nan"},
-        {"level": "dense", "recipe": {"encoding": "dense"}, "status": "ok"},
-    ]}
-    for name in "qk"
-]  # fmt: skip
+
+
+def entry(name: str, levels: Mapping[str, Any], role: Any = "linear") -> UnitEntry:
+    """A unit with recipes by level name; a level without one could not be made."""
+    made = [
+        LevelEntry(level, recipe, None if recipe is None else {}, status="nan" if recipe is None else "ok")
+        for level, recipe in levels.items()
+    ]
+    return UnitEntry(Unit(name, name, role, 0, (4, 4), (0,)), None, tuple(made))
+
+
+RECIPES = {"dense": {"encoding": "dense"}, "8b": {**GRID, "bits": 8}, "4b": {**GRID, "bits": 4}, "broken": None}
+TWO_UNITS = [entry(name, RECIPES) for name in "qk"]
 THREE_KINDS = {
     ((4, 4), "grid 8 bits row sym"): choice("8b", 1.0, size=16),
     ((4, 4), "grid 4 bits row sym"): choice("4b", 3.0, size=8),
@@ -178,6 +184,16 @@ def test_two_models_measured_whole_are_predicted_exactly_and_others_by_their_byt
     assert mixed == pytest.approx(4.0 + 3.0 + 1.0 + 0.02 * (64 + 8 - 32))
 
 
+def test_what_is_no_linear_layer_or_not_offered_is_not_timed() -> None:
+    others = [entry("expert", RECIPES, "expert"), entry("attn", {"keep": {"encoding": "keep"}}, "attention")]
+    fixed = replace(
+        TWO_UNITS[0], levels=tuple(replace(level, offered=level.name == "4b") for level in TWO_UNITS[0].levels)
+    )
+    assert fastest_levels([*others, fixed, TWO_UNITS[1]], THREE_KINDS) == {"q": "4b", "k": "8b"}
+    both = fit_rest([*TWO_UNITS, *others], THREE_KINDS, dense_ms=10.0, fast_ms=5.0)
+    assert both == fit_rest(TWO_UNITS, THREE_KINDS, dense_ms=10.0, fast_ms=5.0)
+
+
 def test_a_tie_of_the_fastest_level_is_in_its_model_too() -> None:
     tied = {**THREE_KINDS, ((4, 4), "grid 4 bits row sym"): choice("4b", 1.2, 0.2, size=16)}
     rest = fit_rest(TWO_UNITS, tied, dense_ms=10.0, fast_ms=5.0)
@@ -186,7 +202,7 @@ def test_a_tie_of_the_fastest_level_is_in_its_model_too() -> None:
 
 def test_noise_that_hides_what_the_caches_do_leaves_one_rest_for_all() -> None:
     assert fit_rest(TWO_UNITS, THREE_KINDS, dense_ms=8.5, fast_ms=3.0) == Rest(1.0, 0.0)
-    only_dense = [{**unit, "levels": unit["levels"][3:]} for unit in TWO_UNITS]
+    only_dense = [replace(unit, levels=unit.levels[:1]) for unit in TWO_UNITS]
     assert fit_rest(only_dense, THREE_KINDS, dense_ms=9.5, fast_ms=9.0) == Rest(1.0, 0.0)
 
 
@@ -204,6 +220,135 @@ def test_a_weight_comes_again_after_as_many_copies_as_the_model_has_weights_for(
     assert _copies((10, 10), 1000) == 10
     assert _copies((10, 10), 40) == 1
     assert _copies((2, 2), 10**9) == 256
+
+
+# --- experts, tied heads, parts that are dropped ---
+
+PARTS = [
+    {"method": "rtn", "bits": 4, "group_size": 32},
+    {"method": "drop", "units": ["attention", "mlp", "block"]},
+]
+
+
+@pytest.fixture(scope="module")
+def in_parts(model_folder: Callable[[str], Path], make_bench: Callable[..., Any]) -> Callable[[str], Any]:
+    """Every weight of a family at 4 bits, which are not offered dense, with times."""
+    made: dict[str, Any] = {}
+
+    def get(family: str) -> Any:
+        if family not in made:
+            bench = make_bench(model_folder(family))
+            levels = bench.run("compress", {"menu": PARTS, "targets": ["blocks", "head", "embedding"]})
+            times = bench.run("latency", {**SHORT, "batch": 2, "tokens": 3, "exact": True}, database=levels.out)
+            made[family] = bench, levels, times
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "granitemoe"])
+def test_the_store_says_what_was_timed_and_what_runs_in_the_rest(
+    in_parts: Callable[[str], Any], load_model: Callable[[str], Any], family: str
+) -> None:
+    """Linear layers are; experts, routers, the embedding, a tied head and parents run decoded, or not at all."""
+    import torch
+
+    _, levels, times = in_parts(family)
+    said, lm = document(times), load_model(family)
+    linear = {name for name, layer in lm.model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    linear -= {"lm_head"} if family != "mixtral" else set()  # tied: another layer reads its weight, too
+    rows = {(row["unit"], row["level"]): row for row in times.rows["latency"]}
+    for unit, names, ms in zip(said["units"], said["levels"], said["ms"], strict=True):
+        for name, one in zip(names, ms, strict=True):
+            row = rows[unit, name]
+            if unit not in linear:
+                assert (row["status"], row["ms"], one) == ("in_rest", None, 0.0)
+            elif name == "dense":
+                assert (row["status"], row["ms"], one) == ("not_offered", None, None)
+            else:
+                assert row["status"] in ("measured", "no_kernel")
+                assert row["ms"] == one > 0
+    assert linear <= set(said["units"])
+    assert {tuple(entry.shape) for entry in DatabaseIndex(levels.out).units if entry.name in linear} == {
+        (row.n, row.k) for row in LatencyTable.load(times.out / "table.json", this_device("cpu")).rows
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_a_dropped_part_saves_the_times_of_its_layers_and_is_not_in_the_model_that_is_timed(
+    in_parts: Callable[[str], Any], load_model: Callable[[str], Any], rebuilt: Callable[..., Any], family: str
+) -> None:
+    import torch
+
+    from layerwise.kernels.linear import PackedLinear
+    from layerwise.stages.latency.forward_pass import ForwardPass, _packed
+
+    bench, levels, times = in_parts(family)
+    index, said = DatabaseIndex(levels.out), document(times)
+    table = CostTable(index, load_times(times.out, index))
+    gone = ["model.layers.0.mlp", "model.layers.2"]
+    allocation = make_allocation(
+        table,
+        [int(entry.name in gone) if entry.is_parent else 1 for entry in table.units],
+        solver="hand",
+        budget={"ms": 9},
+    )
+    by_unit = dict(zip(said["units"], said["ms"], strict=True))
+    own = [ms[1] for name, ms in by_unit.items() if not name.startswith(tuple(gone)) and len(ms) == 2]
+    assert allocation.sizes["ms"] == pytest.approx(said["rest_ms"] + math.fsum(own))
+
+    work = ForwardPass(bench.model, "cpu", 2, 3, MeasureParams(**SHORT).whole_sampling())
+    model = _packed(work, levels.out, allocation.levels, times.out / "table.json", exact=True)
+    replaced = {name for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    linear = {entry.name for entry in index.units if entry.unit.replaceable}
+    assert replaced == {name for name in linear if name in allocation.levels}
+    database = Database(levels.out, bench.model)
+    weights = {
+        unit: database.level(unit, level).decode()
+        for unit, level in allocation.levels.items()
+        if level not in ("keep", "drop")
+    }
+    ids = torch.arange(6).reshape(2, 3)
+    with torch.no_grad():
+        found = model(input_ids=ids, use_cache=False).logits
+        expected = rebuilt(load_model(family).model, weights, gone)(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))  # exact kernels, float32
+
+    folder = bench.folder / "dropped"
+    folder.mkdir()
+    save_allocations(folder, [allocation])
+    inputs = {"allocations": folder, "database": levels.out, "latency": times.out}
+    timed_whole = document(bench.run("speed", {**SHORT, "tolerance": 1e9}, **inputs), "speed.json")
+    assert timed_whole[allocation.candidate]["predicted_ms"] == pytest.approx(allocation.sizes["ms"])
+
+
+def test_the_dense_model_beside_an_allocation_is_the_one_that_the_times_were_fitted_to(
+    in_parts: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers of the database packed as dense weights, those of dropped parts included."""
+    from layerwise.stages.latency import forward_pass
+
+    _, levels, times = in_parts("qwen3")
+    built: list[Any] = []
+    monkeypatch.setattr(forward_pass, "_packed", lambda work, database, of, table, exact: built.append(dict(of)))
+    monkeypatch.setattr(forward_pass, "_forward", lambda model, work: None)
+    monkeypatch.setattr(forward_pass, "_time", lambda forwards, work: {})
+    index = DatabaseIndex(levels.out)
+    some = {"model.layers.0": "drop", "model.layers.1.mlp.up_proj": "rtn-4b-g32"}
+    forward_pass.time_packed(None, levels.out, some, times.out / "table.json", True)
+    assert built == [some, {entry.name: None for entry in index.units if entry.unit.replaceable}]
+
+
+def test_a_database_without_a_linear_layer_has_a_rest_alone(
+    model_folder: Callable[[str], Path], new_bench: Callable[..., Any]
+) -> None:
+    bench = new_bench(model_folder("mixtral"))
+    menu = [{"method": "rtn", "bits": [2, 4], "group_size": 32}]
+    levels = bench.run("compress", {"menu": menu, "targets": ["experts.down_proj"]})
+    found = bench.run("latency", SHORT, database=levels.out)
+    assert {row["status"] for row in found.rows["latency"]} == {"in_rest", "fitted"}
+    table = CostTable(DatabaseIndex(levels.out), load_times(found.out, DatabaseIndex(levels.out)))
+    assert table.describe([1] * 12)["ms"] == table.describe([2] * 12)["ms"] == document(found)["rest_ms"] > 0
 
 
 # --- one machine, one item at a time ---
@@ -262,9 +407,9 @@ def test_an_allocation_keeps_within_milliseconds_and_bytes_and_says_both(
     for allocation, share in zip(load_allocations(made.out), (0.2, 1.0), strict=True):
         levels_of = zip(said["units"], said["levels"], said["ms"], strict=True)
         own = math.fsum(times[names.index(allocation.levels[unit])] for unit, names, times in levels_of)
-        assert allocation.ms == pytest.approx(said["rest_ms"] + own)
-        assert allocation.ms <= (least + share * (most - least)) * (1 + 1e-9)
-    assert [row["ms"] for row in made.rows["allocations"]] == [a.ms for a in load_allocations(made.out)]
+        assert allocation.sizes["ms"] == pytest.approx(said["rest_ms"] + own)
+        assert allocation.sizes["ms"] <= (least + share * (most - least)) * (1 + 1e-9)
+    assert [row["ms"] for row in made.rows["allocations"]] == [a.sizes["ms"] for a in load_allocations(made.out)]
 
 
 def test_a_search_records_the_milliseconds_of_its_candidates(timed: Callable[[str], Any]) -> None:
@@ -275,7 +420,7 @@ def test_a_search_records_the_milliseconds_of_its_candidates(timed: Callable[[st
     (allocation,) = load_allocations(made.out)
     assert made.rows["candidates"]
     assert all(row["ms"] > 0 for row in made.rows["candidates"])
-    assert allocation.ms in [row["ms"] for row in made.rows["candidates"]]
+    assert allocation.sizes["ms"] in [row["ms"] for row in made.rows["candidates"]]
 
 
 def test_milliseconds_out_of_reach_are_refused_with_the_least(timed: Callable[[str], Any]) -> None:
@@ -322,7 +467,7 @@ def test_whole_models_are_timed_beside_the_sum_of_their_parts(timed: Callable[[s
     rows = {(row["candidate"], row["metric"]): row for row in made.rows["metrics"]}
     for allocation in allocations:
         own = said[allocation.candidate]
-        assert own["predicted_ms"] == pytest.approx(allocation.ms)
+        assert own["predicted_ms"] == pytest.approx(allocation.sizes["ms"])
         assert own["error"] == pytest.approx(own["predicted_ms"] / own["median_ms"] - 1)
         assert rows[allocation.candidate, "latency_error"]["value"] == own["error"]
         assert rows[allocation.candidate, "predicted_latency_ms"]["status"] == "ok"
