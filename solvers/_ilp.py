@@ -143,12 +143,13 @@ def _solve_to_precision(problem: Problem, program: Program, deadline: float | No
     expected = math.fsum([*most.tolist(), *penalties.tolist()])
     best: _Answer | None = None
     while True:
-        scale = _SCALE / (expected or 1.0)
-        answer = _solve(problem, program, losses * scale, penalties * scale, deadline, backend)
+        unit = expected or 1.0  # divided by it first: where it is next to nothing, _SCALE / unit is inf
+        scaled = losses / unit * _SCALE, penalties / unit * _SCALE
+        answer = _solve(problem, program, *scaled, deadline, backend)
         if answer is None:
             break
         if best is None or answer.above <= best.above:
-            best = replace(answer, bound=None if answer.bound is None else max(0.0, answer.bound / scale))
+            best = replace(answer, bound=None if answer.bound is None else max(0.0, answer.bound / _SCALE * unit))
         found = answer.above
         if not answer.finished or found == 0 or found >= expected * _SMALL:  # else the tolerance is too near
             return replace(best, finished=answer.finished)

@@ -141,3 +141,10 @@ def test_solving_prints_nothing(capfd, tied_units):
     for backend in ("HiGHS", "CBC"):
         ilp(tied_units, backend=backend)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("smallest", [5e-324, 1e-310, 1e-250])
+def test_losses_next_to_nothing_are_told_apart(smallest):
+    losses = np.array([[2.0, 1.0], [3.0, 1.0]]) * smallest
+    problem = Problem(costs={"bits": [[1.0, 2.0], [1.0, 2.0]]}, budgets={"bits": 3.0}, losses=losses)
+    assert ilp(problem).choice.tolist() == [0, 1]
