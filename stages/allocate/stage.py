@@ -138,7 +138,7 @@ class AllocateParams(Params):
         return material | ({"preset": asdict(PRESETS[self.preset])} if material.get("preset") and self.preset else {})
 
     def sources(self) -> Iterable[str]:
-        """The module of a solver or search of another package; of ours, `impl` is raised."""
+        """The module of a solver or search of another package; ours are imported, and so counted, in any case."""
         if self.solver in SOLVERS or self.solver in SEARCHES:
             return ()
         return [(find_search if is_search(self.solver) else find_solver)(self.solver).__module__]

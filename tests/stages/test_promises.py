@@ -11,6 +11,7 @@ from layerwise.stages import STAGES
 from layerwise.testing import Bench, check_stage
 
 CHAIN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "transform": ({"transforms": [{"method": "rotation"}]}, ()),
     "calibrate": ({"statistics": ["hessian", "channels", "fisher", "block_inputs"]}, ()),
     "compress": (
         {
