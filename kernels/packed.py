@@ -5,7 +5,7 @@ tested against, and a level with no kernel can still run. Kernels take the tenso
 in another order is put into that order when the weight is packed, not when it is used.
 
 Left out: which kernel runs it (`backends.py`), and how a level of a database becomes one
-(`layerwise.stages.levels.pack`).
+(`layerwise.stages.levels`).
 """
 
 from __future__ import annotations

@@ -79,11 +79,7 @@ class Statistics:
 
         from layerwise.stages.calibrate.collect import statistic_file
 
-        if statistic not in self.gathered:
-            raise UsageError(
-                f"the statistics have no {statistic}, only {', '.join(self.gathered) or 'none'}",
-                hint=f"add {statistic} to `statistics` of the calibrate stage, or leave that to the menu",
-            )
+        self._check_gathered(statistic)
         if unit.name not in self.selected:
             raise UsageError(
                 f"unit {unit.name} was not calibrated", hint="add it to `targets` of the calibrate stage, too"
@@ -99,13 +95,25 @@ class Statistics:
 
     def hidden(self, position: int) -> tuple[Tensor, Tensor]:
         """Token ids (sequences, length), and the hidden states before a block or after the last, (sequences, length,
-        width); memory-mapped where one shard holds all."""
+        width); memory-mapped where one shard holds all.
+
+        Raises:
+            UsageError: they were not gathered.
+        """
         import torch
         from safetensors.torch import load_file
 
+        self._check_gathered("block_inputs")
         files = sorted(
             (self.folder / "block_inputs").glob(f"part-{position + 1}-*.safetensors"),
             key=lambda file: int(file.stem.rpartition("-")[2]),
         )
         parts = [load_file(file) for file in files]
         return torch.cat([part["ids"] for part in parts]), torch.cat([part["hidden"] for part in parts])
+
+    def _check_gathered(self, statistic: str) -> None:
+        if statistic not in self.gathered:
+            raise UsageError(
+                f"the statistics have no {statistic}, only {', '.join(self.gathered) or 'none'}",
+                hint=f"add {statistic} to `statistics` of the calibrate stage, or leave that to the menu",
+            )

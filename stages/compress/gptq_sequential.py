@@ -58,7 +58,10 @@ def gptq_sequential(task: Task, params: Params) -> Mapping[str, list[Level]]:
 
 
 def _hessians(task: Task, step: list[str], done: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`X Xᵀ` of the inputs of some units, with the weights of others replaced; units that read the same share one."""
+    """`X Xᵀ` of the inputs of some units, with the weights of others replaced; units that read the same share one.
+
+    That of a unit which no one input multiplies is the identity: its columns weigh all the same.
+    """
     import torch
 
     assert task.block is not None
@@ -72,4 +75,5 @@ def _hessians(task: Task, step: list[str], done: Mapping[str, Tensor]) -> dict[s
     multiplied = [name for name in step[:1] if task.units[name].multiplied]
     task.block.watch(done, multiplied, add)
     width = task.units[step[0]].shape[1]
-    return dict.fromkeys(step, shared.get(step[0], torch.zeros(width, width)))
+    unseen = torch.zeros(width, width) if multiplied else torch.eye(width)
+    return dict.fromkeys(step, shared.get(step[0], unseen))

@@ -178,7 +178,11 @@ class _Chosen:
     def item(self, unit: Unit) -> dict[str, Any]:
         """What a worker needs to know of a unit."""
         stored = self.places.get(unit.name)
-        count = self.counts.get(unit.name, 0) if unit.multiplied and self.statistics is not None else None
+        count = (
+            self.counts.get(unit.name, 0)
+            if stored is not None and unit.multiplied and self.statistics is not None
+            else None
+        )
         return {
             "unit": unit.as_json(),
             "stored": None if stored is None else stored.as_json(),
@@ -253,6 +257,8 @@ def _choose(context: Context, params: CompressParams) -> _Chosen:
     else:
         units = select_units([unit for unit in units if unit.name in selected], ["re:"], params.ignore)
     wanted = {unit.name for unit in units}
+    if statistics is not None and params.needs_statistics:
+        _check_calibrated(wanted - set(statistics.selected))
     chosen = [(unit, stored) for unit, stored in survey.units if unit.name in wanted]
     parents = _parents(params, survey)
     note = left_alone(survey, wanted)
@@ -265,8 +271,18 @@ def _check_gathered(params: CompressParams, statistics: Statistics) -> None:
     missing = [name for name in params.needs_statistics if name not in statistics.gathered]
     if missing:
         raise UsageError(
-            f"the menu needs {', '.join(missing)}, but the statistics have only {', '.join(statistics.gathered)}",
+            f"the menu needs {', '.join(missing)}, but the statistics have only "
+            f"{', '.join(statistics.gathered) or 'nothing'}",
             hint="add it to `statistics` of the calibrate stage, or leave that key out",
+        )
+
+
+def _check_calibrated(missing: set[str]) -> None:
+    if missing:
+        raise UsageError(
+            f"the menu needs statistics, but {len(missing)} of its units were not calibrated, the first is "
+            f"{min(missing)}",
+            hint="give the calibrate stage the same `targets`, or leave them out here",
         )
 
 
@@ -378,6 +394,7 @@ class _Maker:
 
         self.unit, self.tokens, self.least_tokens = unit, tokens, least_tokens
         self.levels: list[Level] = []
+        self._stored, self._folder = stored, source.path
         self._statistics = None if statistics is None else Statistics(statistics)
         self._before = parent_level("keep") if stored is None else Weights(source).level(unit.name, stored)
         self._task = task_of({unit.name: (unit, self._before)}, self._statistics)
@@ -395,29 +412,31 @@ class _Maker:
         return self._statistics.tensor(self.unit, "hessian") if known else None
 
     def unchanged(self, taken: Collection[str], *, offered: bool) -> LevelEntry:
-        """The entry of what the model has already; what was made before by the same method gets a name of its own.
+        """The entry of what the model has already. It is off by nothing, whatever the statistics are, and takes the
+        bytes that it takes in the checkpoint, where a tied weight may stand twice.
 
         Args:
-            taken: names of the levels that are made now.
+            taken: names of the levels that are made now; what was made before by the same method gets another one.
             offered: whether a search may choose it.
         """
-        from layerwise.stages.levels.database import LevelEntry
+        from layerwise.stages.levels.database import describe_failure
+        from layerwise.stages.models.checkpoint import Checkpoint
 
         while self._before.name in taken:
             self._before = replace(self._before, name=f"{self._before.name} (before)")
         try:
-            (entry,) = self._described([self._before])
+            (entry,) = self._described([self._before], hessian=None)
         except NotFinite as error:
-            before = self._before
-            return LevelEntry(
-                before.name, dict(before.recipe), before.costs, status="nan", error=error.message, offered=False
-            )
-        return replace(entry, offered=offered)
+            return replace(describe_failure(self._before.name, error.message), offered=offered)
+        costs = dict(entry.costs or {})
+        if self._stored is not None and self._before.recipe["encoding"] == "dense":
+            costs["bytes"] = self._stored.size_bytes(Checkpoint(self._folder))
+        exact = None if self._hessian is None else 0.0
+        return replace(entry, costs=costs, output_error=exact, offered=offered)
 
     def make(self, entry: MenuEntry) -> list[LevelEntry]:
         """The levels of one menu entry."""
-        few = self.tokens is not None and self.tokens < self.least_tokens and entry.needs
-        if few:
+        if entry.needs and too_few(self.tokens, self.least_tokens):
             return self._fall_back(entry, f"only {self.tokens} calibration tokens reached it")
         try:
             return self._keep(find_compressor(entry.method).run(self._task, entry)[self.unit.name])
@@ -431,11 +450,16 @@ class _Maker:
         assert blocks is not None
         if self.unit.block is None:
             return self._fall_back(entry, "it stands in no block")
+        if too_few(self.tokens, self.least_tokens):
+            return self._fall_back(entry, f"only {self.tokens} calibration tokens reached it")
         failure = blocks / str(number) / f"{self.unit.block}.failed"
         if failure.is_file():
             return self._failed(entry, NotFinite(failure.read_text(encoding="utf-8")))
         file, recipes = open_unit(blocks / str(number), self.unit.name)
-        return self._keep([read_level(file, recipes, name) for name in entry.level_names()])
+        try:
+            return self._keep([read_level(file, recipes, name) for name in entry.level_names()])
+        except NotFinite as error:
+            return self._failed(entry, error)
 
     def _fall_back(self, entry: MenuEntry, why: str) -> list[LevelEntry]:
         from layerwise.stages.levels.database import describe_failure, fallen_back
@@ -452,23 +476,28 @@ class _Maker:
         return [fallen_back(level, level.name, f"{why}: made by {other.method}") for level in described]
 
     def _keep(self, made: Sequence[Level]) -> list[LevelEntry]:
-        described = self._described(made)
+        described = self._described(made, hessian=self._hessian)
         self.levels += made
         return described
 
-    def _described(self, levels: Sequence[Level]) -> list[LevelEntry]:
+    def _described(self, levels: Sequence[Level], *, hessian: Tensor | None) -> list[LevelEntry]:
         from layerwise.stages.levels.database import LevelEntry, describe_levels
 
         if self._weight is None:
             return [LevelEntry(level.name, dict(level.recipe), level.costs) for level in levels]
         share = 0.0 if self.unit.role == "embedding" else self.unit.share
-        return describe_levels(levels, self._weight, self._hessian, share=share)
+        return describe_levels(levels, self._weight, hessian, share=share)
 
     @staticmethod
     def _failed(entry: MenuEntry, error: NotFinite) -> list[LevelEntry]:
         from layerwise.stages.levels.database import describe_failure
 
         return [describe_failure(name, error.message) for name in entry.level_names()]
+
+
+def too_few(tokens: int | None, least_tokens: int) -> bool:
+    """Whether too few calibration tokens reached a unit; None where that does not matter."""
+    return tokens is not None and tokens < least_tokens
 
 
 def task_of(units: Mapping[str, tuple[Unit, Level]], statistics: Statistics | None, block: Any = None) -> Task:
@@ -501,8 +530,9 @@ def _compress_blocks(context: Context, params: CompressParams, chosen: _Chosen) 
     folder = context.items / "blocks"
     by_block: dict[int, list[dict[str, Any]]] = {}
     for unit, _ in chosen.units:
-        if unit.block is not None:
-            by_block.setdefault(unit.block, []).append(chosen.item(unit))
+        item = chosen.item(unit)
+        if unit.block is not None and not too_few(item["tokens"], params.least_tokens):
+            by_block.setdefault(unit.block, []).append(item)
     items = [
         {"block": block, "number": number, "units": units} for number, _ in entries for block, units in by_block.items()
     ]

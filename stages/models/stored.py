@@ -9,7 +9,7 @@ tensor in question once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -20,6 +20,7 @@ from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.network import Unit, View
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from layerwise.stages.models.causal_lm import CausalLM
@@ -92,6 +93,9 @@ def _height(view: View, checkpoint: Checkpoint) -> int:
 class Locator:
     """Finds units in the checkpoint that a network was loaded from.
 
+    Contents can be equal (experts that are all zero). Then the tensor wins whose name has the same numbers, of block
+    and expert, and of those the one that is called as its like in other experts; none is taken twice.
+
     Args:
         network: the network.
         checkpoint: its files.
@@ -101,6 +105,10 @@ class Locator:
         self.network, self.checkpoint = network, checkpoint
         self._prefix = str(network.model.base_model_prefix)
         self._renamings: dict[str, str | None] = {}
+        self._by_view: dict[View, tuple[str, ...] | None] = {}
+        self._taken: set[str] = set()
+        self._known_patterns: dict[str, tuple[str, ...]] = {}
+        self._rows_by_dtype: dict[torch.dtype, dict[bytes, list[str]]] = {}
 
     def find(self, unit: Unit) -> Stored:
         """Where a unit's weight stands.
@@ -119,13 +127,13 @@ class Locator:
         renamed = self._renamed(view.tensor)
         if renamed is not None:
             return Stored((View(renamed, view.index, view.rows, view.transposed),))
-        parts = self._by_contents(view, parameter.data)
-        if parts is None:
+        parts = self._by_contents(view)
+        if parts is None or (view.transposed and len(parts) > 1):
             raise UnsupportedModel(
                 f"{self.checkpoint.folder}: no tensor {view.tensor} of shape {tuple(parameter.shape)}",
                 hint="load the model with transformers and save it again with `save_pretrained`",
             )
-        return Stored(tuple(parts))
+        return Stored(tuple(View(name, transposed=view.transposed) for name in parts))
 
     def names_inside(self, module: str, parameters: Iterable[str]) -> list[str]:
         """Stored names of those of some parameters that stand inside a module."""
@@ -138,61 +146,117 @@ class Locator:
 
     def _renamed(self, name: str) -> str | None:
         """The stored tensor that holds the whole of a parameter under another name."""
-        import torch
-
         if name not in self._renamings:
             parameter = self.network.parameter(name).data
-            self._renamings[name] = None
-            for stored in self._first_rows.get(_fingerprint(parameter[0].flatten()), ()):
-                if self.checkpoint.headers[stored][2] == tuple(parameter.shape):
-                    same = torch.equal(self.checkpoint.read(stored).to(parameter.dtype), parameter)
-                    self._renamings[name] = stored if same else self._renamings[name]
+            same = [
+                stored
+                for stored in self._beginning_alike(parameter[0].flatten())
+                if self.checkpoint.headers[stored][2] == tuple(parameter.shape)
+                and _same(self.checkpoint.read(stored).to(parameter.dtype), parameter)
+            ]
+            self._renamings[name] = self._take(same, _numbers(name)) if same else None
         return self._renamings[name]
 
-    def _by_contents(self, view: View, parameter: Tensor) -> list[View] | None:
-        part = view.part(parameter)
-        rows = part.flatten(1)
-        parts: list[View] = []
-        at = 0
-        while at < len(rows):
-            name = self._beginning_with(rows[at:])
-            if name is None:
-                return None
-            parts.append(View(name, transposed=view.transposed))
-            at += self.checkpoint.headers[name][2][0]
-        return parts if len(parts) == 1 or not view.transposed else None
+    def _by_contents(self, view: View) -> tuple[str, ...] | None:
+        """The stored tensors that a part of a parameter is, one below the other."""
+        if view not in self._by_view:
+            rows = self._rows(view)
+            parts: list[str] = []
+            at = 0
+            while at < len(rows):
+                same = self._with_contents(rows[at:])
+                if not same:
+                    break
+                pattern = self._pattern(view, len(parts)) if len(same) > 1 else None
+                parts.append(self._take(same, [*_numbers(view.tensor), *map(str, view.index)], pattern))
+                at += self.checkpoint.headers[parts[-1]][2][0]
+            self._by_view[view] = tuple(parts) if at >= len(rows) else None
+        return self._by_view[view]
 
-    def _beginning_with(self, rows: Tensor) -> str | None:
-        """The stored tensor that these rows begin with."""
-        import torch
+    def _take(self, same: Sequence[str], numbers: Sequence[str], pattern: str | None = None) -> str:
+        """One of several stored tensors with the same contents."""
+        best = min(same, key=lambda name: (_numbers(name) != numbers, pattern not in (None, _without_numbers(name))))
+        self._taken.add(best)
+        return best
 
-        for name in self._first_rows.get(_fingerprint(rows[0]), ()):
+    def _pattern(self, view: View, number: int) -> str | None:
+        """The name, less its numbers, of a certain part of a matrix like this one, learned from one whose contents
+        leave no choice."""
+        like = _without_numbers(view.tensor)
+        if like not in self._known_patterns:
+            self._known_patterns[like] = ()
+            for unit in self.network.units:
+                if unit.view is not None and unit.view.index and _without_numbers(unit.view.tensor) == like:
+                    parts = self._certain(unit.view)
+                    if parts:
+                        self._known_patterns[like] = tuple(map(_without_numbers, parts))
+                        break
+        known = self._known_patterns[like]
+        return known[number] if number < len(known) else None
+
+    def _certain(self, view: View) -> list[str]:
+        """The stored tensors of a part of a parameter; none if there is a choice."""
+        rows = self._rows(view)
+        parts: list[str] = []
+        while len(rows):
+            same = self._with_contents(rows, free=False)
+            if len(same) != 1:
+                return []
+            parts += same
+            rows = rows[self.checkpoint.headers[same[0]][2][0] :]
+        return parts
+
+    def _rows(self, view: View) -> Tensor:
+        return view.part(self.network.parameter(view.tensor).data).flatten(1)
+
+    def _with_contents(self, rows: Tensor, *, free: bool = True) -> list[str]:
+        """The stored tensors that these rows begin with; only those that belong to nothing yet, or all."""
+        found = []
+        for name in self._beginning_alike(rows[0], free=free):
             height = self.checkpoint.headers[name][2][0]
             if height <= len(rows):
                 stored = self.checkpoint.read(name).flatten(1).to(rows.dtype)
-                if stored.shape[1] == rows.shape[1] and torch.equal(stored, rows[:height]):
-                    return name
-        return None
+                if _same(stored, rows[:height]):
+                    found.append(name)
+        return found
+
+    def _beginning_alike(self, row: Tensor, *, free: bool = True) -> list[str]:
+        """Stored matrices that no parameter has the name of, with this first row."""
+        if row.dtype not in self._rows_by_dtype:
+            found: dict[bytes, list[str]] = {}
+            for name in self._without_namesake:
+                first = self.checkpoint.first_row(name).flatten().to(row.dtype)
+                found.setdefault(_fingerprint(first), []).append(name)
+            self._rows_by_dtype[row.dtype] = found
+        names = self._rows_by_dtype[row.dtype].get(_fingerprint(row), [])
+        return [name for name in names if not (free and name in self._taken)]
 
     @cached_property
-    def _first_rows(self) -> Mapping[bytes, Sequence[str]]:
-        """Stored matrices that no parameter has the name of, by their first row. Equal ones would be written to
-        alike."""
+    def _without_namesake(self) -> list[str]:
         direct = {
             stored
             for name, parameter in self.network.parameters.items()
             if (stored := self._named(name, tuple(parameter.shape)))
         }
-        dtype = next(iter(self.network.parameters.values())).dtype
-        found: dict[bytes, list[str]] = {}
-        for name, (_, _, shape) in self.checkpoint.headers.items():
-            if len(shape) >= 2 and name not in direct:
-                row = self.checkpoint.first_row(name).flatten().to(dtype)
-                found.setdefault(_fingerprint(row), []).append(name)
-        return found
+        headers = self.checkpoint.headers
+        return [name for name in sorted(headers) if len(headers[name][2]) >= 2 and name not in direct]
 
 
-def _fingerprint(row: Tensor) -> bytes:
+def _numbers(name: str) -> list[str]:
+    """Of block and expert, in the name of a tensor."""
+    return [part for part in name.split(".") if part.isdigit()]
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, so that what is not a number is the same, too."""
+    return a.shape == b.shape and _fingerprint(a) == _fingerprint(b)
+
+
+def _fingerprint(tensor: Tensor) -> bytes:
     import torch
 
-    return row.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

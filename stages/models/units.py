@@ -229,9 +229,16 @@ class _Calls:
 
     def _keep(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.made[name] = args, kwargs, output
+            # Some blocks add to an answer in place.
+            self.made[name] = args, kwargs, _copied(output)
 
         return keep
+
+
+def _copied(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(map(_copied, output))
+    return output.clone() if isinstance(output, Tensor) else output
 
 
 def _halves(
@@ -247,6 +254,8 @@ def _halves(
         answer = Answer.of(output)
         if answer is None:
             return [], {}, f"{name} answers with a {type(output).__name__}"
+        if not _takes_hidden(args, kwargs, hidden.shape[:-1]):
+            return [], {}, f"{name} works on something else than a row for each token"
         if _mixes_positions(network.module(name), args, kwargs, output):
             kind = name.removeprefix(f"{top.name}.")
             halves.append(Unit(name, kind, "attention", index, (0, 0), (index,), parent=top.name))
@@ -269,6 +278,12 @@ def _halves(
     return halves, silenced, ""
 
 
+def _takes_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], tokens: torch.Size) -> bool:
+    """Whether the first tensor that a module gets is a row for each token; a convolution's has them in columns."""
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    return first is not None and first_tensor(args, kwargs).shape[:-1] in (tokens, (tokens.numel(),))
+
+
 def _mixes_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     """Whether later positions answer differently when the first one is changed."""
     hidden = first_tensor(args, kwargs)
@@ -280,9 +295,8 @@ def _mixes_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     with torch.no_grad():
         answer = module(*args, **kwargs)
     before, after = (value[0] if isinstance(value, tuple) else value for value in (output, answer))
-    moved = (
-        (after - before).reshape(*hidden.shape[:-1], -1).abs().nan_to_num()
-    )  # some answer with all tokens in one row
+    # Some answer with all tokens in one row.
+    moved = (after - before).reshape(*hidden.shape[:-1], -1).abs().nan_to_num()
     later = moved[:, 1:] if hidden.dim() > 2 else moved[1:]
     return bool(later.max() > 1e-4 * moved.max())
 

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from layerwise.pipeline.executors.inline import InlineExecutor
 from layerwise.pipeline.executors.journal import JournaledExecutor
 from layerwise.results.store import Store
 from layerwise.stages import find_stage
 from layerwise.stages.contract import Context, ModelSource, TextSource
+
+settings.register_profile("stages", deadline=None, derandomize=True)  # no clock, and the same cases every time
+settings.load_profile("stages")
 
 BLOCKS, WIDTH, INNER, VOCABULARY, LENGTH = 3, 32, 40, 256, 16
 """An inner width of 40 leaves ragged groups of 16 and 32."""
@@ -199,6 +203,31 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextSource]:
     return sources
 
 
+@pytest.fixture(scope="session")
+def make_levels() -> Callable[..., list[Any]]:
+    """Levels of one weight, by a method of scope `unit`.
+
+    Takes the method, the weight (out, in), its statistics by name, `keep` of an earlier pruning, and the menu's keys.
+    """
+
+    def make(
+        method: str, weight: Any, statistics: Mapping[str, Any] | None = None, *, keep: Any = None, **menu: Any
+    ) -> list[Any]:
+        from layerwise.stages.compress import Task, find_compressor
+        from layerwise.stages.models.network import Unit, View
+
+        known = statistics or {}
+        unit = Unit("unit", "unit", "linear", 0, tuple(weight.shape), (0,), View("unit.weight"))
+        task = Task(
+            {"unit": weight}, lambda _, name: known[name], {"unit": unit}, {} if keep is None else {"unit": keep}
+        )
+        compressor = find_compressor(method)
+        (made,) = compressor.run(task, compressor.params.model_validate({"method": method, **menu})).values()
+        return made
+
+    return make
+
+
 @dataclass(frozen=True)
 class Result:
     """What a stage left behind.
@@ -223,20 +252,30 @@ class Bench:
     data: Mapping[str, TextSource]
     runs: int = field(default=0, init=False)
 
-    def run(self, stage: str, params: Mapping[str, Any] | None = None, **inputs: Path | Sequence[Path]) -> Result:
+    def run(
+        self,
+        stage: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        again: bool = False,
+        **inputs: Path | Sequence[Path],
+    ) -> Result:
         """Run a stage.
 
         Args:
             stage: its name.
             params: its `with:`.
+            again: go on with the last run of this stage, which was interrupted.
             inputs: artifact folders by port.
         """
         found = find_stage(stage)
-        self.runs += 1
+        self.runs += not again
         place = self.folder / f"{self.runs:02}-{stage}"
         key = hashlib.sha256(place.name.encode()).hexdigest()
+        if again:
+            shutil.rmtree(place / "out")
         for name in ("out", "items"):
-            (place / name).mkdir(parents=True)
+            (place / name).mkdir(parents=True, exist_ok=again)
         store = Store.open(self.folder / "results", create=True)
         seqs: dict[str, int] = {}
         progress: list[tuple[int, int, str]] = []

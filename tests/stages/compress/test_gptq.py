@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerwise.errors import NotFinite, UsageError
+from layerwise.errors import NotFinite
 from layerwise.stages.compress import gptq as gptq_module
-from layerwise.stages.compress.gptq import Params, gptq, inverse_factor
-from layerwise.stages.compress.rtn import Params as RtnParams
-from layerwise.stages.compress.rtn import rtn
-from layerwise.stages.levels.level import Level, grid_columns
+from layerwise.stages.compress.gptq import Params, inverse_factor, quantized
+from layerwise.stages.levels.grid import grid_columns
+from layerwise.stages.levels.level import Level
 
 Matrix = NDArray[np.float64]
 
@@ -46,17 +46,24 @@ def reference_grid(G: Matrix, bits: int, sym: bool) -> tuple[Matrix, Matrix]:
 
 
 def reference_gptq(weight: Tensor, hessian: Tensor, bits: int, **options: Any) -> Matrix:
-    """Algorithm 1 of arXiv:2210.17323: the decoded weight."""
-    options = {"group_size": -1, "sym": True, "desc_act": False, "damp_percent": 0.01} | options
+    """Algorithm 1 of arXiv:2210.17323: the decoded weight.
+
+    With `keep`, algorithm 1 of arXiv:2301.00774 for a mask M that is given: what is pruned and what is rounded away is
+    made up for alike, and grids are fitted to what is left.
+    """
+    options = {"group_size": -1, "sym": True, "desc_act": False, "damp_percent": 0.01, "keep": None} | options
     W, H = weight.double().numpy().copy(), hessian.double().numpy().copy()
+    M = np.ones_like(W) if options["keep"] is None else options["keep"].double().numpy()
     columns = len(H)
     size = columns if options["group_size"] == -1 else options["group_size"]
     dead = np.diag(H) == 0
     H[dead, dead] = 1
     W[:, dead] = 0
-    static = [reference_grid(W[:, start : start + size], bits, options["sym"]) for start in range(0, columns, size)]
+    static = [
+        reference_grid((W * M)[:, start : start + size], bits, options["sym"]) for start in range(0, columns, size)
+    ]
     order = np.argsort(-np.diag(H), kind="stable") if options["desc_act"] else np.arange(columns)
-    W, H = W[:, order], H[order][:, order]
+    W, M, H = W[:, order], M[:, order], H[order][:, order]
     H += options["damp_percent"] * np.diag(H).mean() * np.eye(columns)
     U = np.linalg.cholesky(np.linalg.inv(H)).T
     Q = np.zeros_like(W)
@@ -64,8 +71,8 @@ def reference_gptq(weight: Tensor, hessian: Tensor, bits: int, **options: Any) -
         if options["desc_act"] == "static":
             scale, zero = static[order[j] // size]
         elif j % size == 0:
-            scale, zero = reference_grid(W[:, j : j + size], bits, options["sym"])
-        Q[:, j] = (np.clip(np.round(W[:, j] / scale) + zero, 0, 2**bits - 1) - zero) * scale
+            scale, zero = reference_grid((W * M)[:, j : j + size], bits, options["sym"])
+        Q[:, j] = (np.clip(np.round(W[:, j] / scale) + zero, 0, 2**bits - 1) - zero) * scale * M[:, j]
         err = (W[:, j] - Q[:, j]) / U[j, j]
         W[:, j:] -= np.outer(err, U[j, j:])
     return Q[:, np.argsort(order)]
@@ -95,7 +102,7 @@ def test_gptq_is_the_published_recursion(
 ) -> None:
     weight, hessian = layer(12, columns)
     options: dict[str, Any] = {"group_size": group_size, "sym": sym, "desc_act": desc_act}
-    for level in gptq(weight, hessian, Params(bits=(2, 3, 4, 6, 8), block_size=block_size, **options)):
+    for level in quantized(weight, hessian, Params(bits=(2, 3, 4, 6, 8), block_size=block_size, **options)):
         expected = reference_gptq(weight, hessian, level.recipe["bits"], **options)
         assert np.abs(level.decode().numpy() - expected).max() <= TOLERANCE, level.name
 
@@ -103,7 +110,7 @@ def test_gptq_is_the_published_recursion(
 @pytest.mark.parametrize("damp_percent", [0.001, 0.05, 0.5])
 def test_damping_is_a_share_of_the_mean_diagonal(damp_percent: float) -> None:
     weight, hessian = layer(8, 40)
-    (level,) = gptq(weight, hessian, Params(bits=(3,), damp_percent=damp_percent))
+    (level,) = quantized(weight, hessian, Params(bits=(3,), damp_percent=damp_percent))
     expected = reference_gptq(weight, hessian, 3, damp_percent=damp_percent)
     assert np.abs(level.decode().numpy() - expected).max() <= TOLERANCE
 
@@ -115,9 +122,39 @@ def test_weights_of_inputs_that_are_always_zero_become_zero(desc_act: Any) -> No
     hessian[dead] = 0
     hessian[:, dead] = 0
     options: dict[str, Any] = {"group_size": 16, "desc_act": desc_act}
-    (level,) = gptq(weight, hessian, Params(bits=(3,), **options))
+    (level,) = quantized(weight, hessian, Params(bits=(3,), **options))
     assert not level.decode()[:, dead].any()
     assert np.abs(level.decode().numpy() - reference_gptq(weight, hessian, 3, **options)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("desc_act", [False, True, "static"])
+@pytest.mark.parametrize(("columns", "group_size", "block_size"), [(96, 16, 48), (100, 24, 128), (70, -1, 32)])
+def test_with_a_mask_it_is_the_recursion_of_sparsegpt_with_that_mask(
+    columns: int, group_size: int, block_size: int, desc_act: Any, sym: bool
+) -> None:
+    weight, hessian = layer(12, columns)
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    keep[0], keep[1] = True, False  # a row that keeps all, and one that keeps nothing
+    options: dict[str, Any] = {"group_size": group_size, "sym": sym, "desc_act": desc_act}
+    for level in quantized(weight * keep, hessian, Params(bits=(2, 4, 8), block_size=block_size, **options), keep=keep):
+        expected = reference_gptq(weight * keep, hessian, level.recipe["bits"], keep=keep, **options)
+        assert np.abs(level.decode().numpy() - expected).max() <= TOLERANCE, level.name
+        assert not level.decode()[~keep].any()
+        assert level.recipe["encoding"] == "masked_grid"
+
+
+def test_what_is_pruned_is_made_up_for_by_what_is_kept(make_levels: Callable[..., list[Level]]) -> None:
+    weight, hessian = layer(24, 64)
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    options: dict[str, Any] = {"bits": (2, 3, 4, 8), "group_size": 32}
+    levels = make_levels("gptq", weight, {"hessian": hessian}, keep=keep, **options)
+    for level, nearest in zip(levels, make_levels("rtn", weight, keep=keep, **options), strict=True):
+        assert error_of(level, weight, hessian) < error_of(nearest, weight, hessian), level.name
+    diagonal = {"hessian": torch.diag(hessian.diagonal())}
+    levels = make_levels("gptq", weight * keep, diagonal, keep=keep, **options)
+    for level, nearest in zip(levels, make_levels("rtn", weight * keep, keep=keep, **options), strict=True):
+        assert all(torch.equal(level.tensors[key], nearest.tensors[key]) for key in nearest.tensors)
 
 
 # --- against every choice of codes ------------------------------------------------------------------------------------
@@ -142,26 +179,28 @@ def error_of(level: Level, weight: Tensor, H: Tensor) -> float:
     return float(((D @ H.double()) * D).sum())
 
 
-def test_nothing_beats_the_best_of_all_codes_and_gptq_comes_closer_to_it_than_rounding() -> None:
-    quantized = rounded = best = 0.0
+def test_nothing_beats_the_best_of_all_codes_and_gptq_comes_closer_to_it_than_rounding(
+    make_levels: Callable[..., list[Level]],
+) -> None:
+    compensated = rounded = best = 0.0
     for seed in range(40):
         weight, hessian = layer(1, 5, seed=seed)
         H = damped(hessian)
-        (level,) = gptq(weight, hessian, Params(bits=(2,), group_size=-1))
-        (nearest,) = rtn(weight, None, RtnParams(bits=(2,), group_size=-1))
+        (level,) = quantized(weight, hessian, Params(bits=(2,), group_size=-1))
+        (nearest,) = make_levels("rtn", weight, bits=(2,), group_size=-1)
         optimum = float(errors_of_all_codes(level, weight, H).min())
         assert error_of(level, weight, H) >= optimum * (1 - 1e-9)
         best += optimum
-        quantized += error_of(level, weight, H)
+        compensated += error_of(level, weight, H)
         rounded += error_of(nearest, weight, H)
-    assert best < quantized < rounded
+    assert best < compensated < rounded
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_last_code_is_the_best_one_given_all_others(seed: int) -> None:
     weight, hessian = layer(1, 5, seed=seed)
     H = damped(hessian)
-    (level,) = gptq(weight, hessian, Params(bits=(2,), group_size=-1))
+    (level,) = quantized(weight, hessian, Params(bits=(2,), group_size=-1))
     codes, *_ = grid_columns(level)
     place = sum(int(code) * 4 ** (4 - column) for column, code in enumerate(codes[0, :4]))
     siblings = errors_of_all_codes(level, weight, H)[place : place + 4]
@@ -169,22 +208,26 @@ def test_the_last_code_is_the_best_one_given_all_others(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_with_a_diagonal_hessian_gptq_is_rounding_and_optimal(seed: int) -> None:
+def test_with_a_diagonal_hessian_gptq_is_rounding_and_optimal(
+    make_levels: Callable[..., list[Level]], seed: int
+) -> None:
     weight, _ = layer(1, 5, seed=seed)
     hessian = torch.diag(torch.rand(5, generator=torch.Generator().manual_seed(seed)) + 0.1)
-    (level,) = gptq(weight, hessian, Params(bits=(2,), group_size=-1))
-    (nearest,) = rtn(weight, None, RtnParams(bits=(2,), group_size=-1))
+    (level,) = quantized(weight, hessian, Params(bits=(2,), group_size=-1))
+    (nearest,) = make_levels("rtn", weight, bits=(2,), group_size=-1)
     assert all(torch.equal(level.tensors[key], nearest.tensors[key]) for key in nearest.tensors)
     H = hessian.double()
     assert error_of(level, weight, H) == pytest.approx(float(errors_of_all_codes(level, weight, H).min()), rel=1e-12)
 
 
 @pytest.mark.parametrize("sym", [True, False])
-def test_with_a_diagonal_hessian_gptq_and_rounding_store_the_same_bits(sym: bool) -> None:
+def test_with_a_diagonal_hessian_gptq_and_rounding_store_the_same_bits(
+    make_levels: Callable[..., list[Level]], sym: bool
+) -> None:
     weight, hessian = layer(16, 100)
-    levels = gptq(weight, torch.diag(hessian.diagonal()), Params(bits=(2, 3, 5, 8), group_size=24, sym=sym))
+    levels = quantized(weight, torch.diag(hessian.diagonal()), Params(bits=(2, 3, 5, 8), group_size=24, sym=sym))
     for level, nearest in zip(
-        levels, rtn(weight, None, RtnParams(bits=(2, 3, 5, 8), group_size=24, sym=sym)), strict=True
+        levels, make_levels("rtn", weight, bits=(2, 3, 5, 8), group_size=24, sym=sym), strict=True
     ):
         assert level.tensors.keys() == nearest.tensors.keys()
         assert all(torch.equal(level.tensors[key], nearest.tensors[key]) for key in nearest.tensors)
@@ -194,12 +237,12 @@ def test_with_a_diagonal_hessian_gptq_and_rounding_store_the_same_bits(sym: bool
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_beats_rounding_at_every_bit_width_where_inputs_are_correlated(
-    seed: int, sym: bool, desc_act: Any
+    make_levels: Callable[..., list[Level]], seed: int, sym: bool, desc_act: Any
 ) -> None:
     weight, hessian = layer(24, 64, seed=seed)
     bits = (2, 3, 4, 5, 6, 7, 8)
-    levels = gptq(weight, hessian, Params(bits=bits, group_size=32, sym=sym, desc_act=desc_act))
-    for level, nearest in zip(levels, rtn(weight, None, RtnParams(bits=bits, group_size=32, sym=sym)), strict=True):
+    levels = quantized(weight, hessian, Params(bits=bits, group_size=32, sym=sym, desc_act=desc_act))
+    for level, nearest in zip(levels, make_levels("rtn", weight, bits=bits, group_size=32, sym=sym), strict=True):
         assert error_of(level, weight, hessian) < error_of(nearest, weight, hessian), level.name
 
 
@@ -210,8 +253,8 @@ def test_gptq_beats_rounding_at_every_bit_width_where_inputs_are_correlated(
 def test_a_bit_width_does_not_depend_on_its_company(sym: bool) -> None:
     weight, hessian = layer(8, 50)
     options: dict[str, Any] = {"group_size": 16, "sym": sym}
-    for level in gptq(weight, hessian, Params(bits=(2, 3, 4, 8), **options)):
-        (alone,) = gptq(weight, hessian, Params(bits=(level.recipe["bits"],), **options))
+    for level in quantized(weight, hessian, Params(bits=(2, 3, 4, 8), **options)):
+        (alone,) = quantized(weight, hessian, Params(bits=(level.recipe["bits"],), **options))
         assert all(torch.equal(level.tensors[key], alone.tensors[key]) for key in level.tensors)
 
 
@@ -222,7 +265,7 @@ def test_neither_blocks_nor_the_split_into_rows_change_the_levels(
     weight, hessian = layer(9, 50)
 
     def levels(block_size: int) -> list[Level]:
-        return gptq(weight, hessian, Params(bits=(2, 4), group_size=12, desc_act=desc_act, block_size=block_size))
+        return quantized(weight, hessian, Params(bits=(2, 4), group_size=12, desc_act=desc_act, block_size=block_size))
 
     expected = levels(128)
     monkeypatch.setattr(gptq_module, "MAX_ELEMENTS", 4 * 50 * 2)  # four rows at a time, the last part has one
@@ -236,7 +279,7 @@ def test_rows_are_quantized_independently() -> None:
     order = [3, 6, 0, 2, 5, 1, 4]
     params = Params(bits=(3,), group_size=16, sym=False)
     assert torch.equal(
-        gptq(weight[order], hessian, params)[0].decode(), gptq(weight, hessian, params)[0].decode()[order]
+        quantized(weight[order], hessian, params)[0].decode(), quantized(weight, hessian, params)[0].decode()[order]
     )
 
 
@@ -244,24 +287,24 @@ def test_only_groups_formed_in_activation_order_store_an_index() -> None:
     weight, hessian = layer(8, 40)
 
     def tensors(**options: Any) -> Any:
-        return gptq(weight, hessian, Params(bits=(3,), group_size=16, **options))[0].tensors
+        return quantized(weight, hessian, Params(bits=(3,), group_size=16, **options))[0].tensors
 
     stored = tensors(desc_act=True)["g_idx"]
     by_activation = hessian.diagonal().argsort(descending=True, stable=True)
     assert stored.dtype == torch.int32
     assert stored[by_activation].tolist() == [position // 16 for position in range(40)]
     assert tensors().keys() == tensors(desc_act="static").keys() == {"codes", "scale"}
-    assert gptq(weight, hessian, Params(bits=(3,), group_size=-1, desc_act=True))[0].tensors.keys() == {
+    assert quantized(weight, hessian, Params(bits=(3,), group_size=-1, desc_act=True))[0].tensors.keys() == {
         "codes",
         "scale",
     }
 
 
-def test_static_groups_have_the_grids_of_rounding() -> None:
+def test_static_groups_have_the_grids_of_rounding(make_levels: Callable[..., list[Level]]) -> None:
     weight, hessian = layer(8, 40)
     options: dict[str, Any] = {"bits": (3,), "group_size": 16, "sym": False}
-    (level,) = gptq(weight, hessian, Params(desc_act="static", **options))
-    (nearest,) = rtn(weight, None, RtnParams(**options))
+    (level,) = quantized(weight, hessian, Params(desc_act="static", **options))
+    (nearest,) = make_levels("rtn", weight, **options)
     assert all(torch.equal(level.tensors[key], nearest.tensors[key]) for key in ("scale", "zero"))
 
 
@@ -281,7 +324,7 @@ def test_damping_rises_until_the_hessian_can_be_factored_and_the_recipe_says_so(
     values = flat.eigenvalues.clone()
     values[0] = -0.025 * values[1:].mean()  # needs more than 0.02 of a mean diagonal
     indefinite = (flat.eigenvectors * values) @ flat.eigenvectors.T
-    (level,) = gptq(weight, indefinite, Params(bits=(4,)))
+    (level,) = quantized(weight, indefinite, Params(bits=(4,)))
     assert level.recipe["damp_percent"] == 0.01
     assert level.recipe["damp_percent_used"] == 0.03
     expected = reference_gptq(weight, indefinite, 4, damp_percent=0.03)
@@ -291,7 +334,7 @@ def test_damping_rises_until_the_hessian_can_be_factored_and_the_recipe_says_so(
 def test_a_hessian_that_no_damping_mends_is_refused() -> None:
     weight, hessian = layer(4, 20)
     with pytest.raises(NotFinite, match="not positive definite, whatever the damping"):
-        gptq(weight, -hessian, Params(bits=(4,)))
+        quantized(weight, -hessian, Params(bits=(4,)))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -299,19 +342,13 @@ def test_a_hessian_that_is_not_finite_is_refused(bad: float) -> None:
     weight, hessian = layer(4, 20)
     hessian[1, 2] = bad
     with pytest.raises(NotFinite, match="the Hessian has 1 NaN or Inf among its 400 values"):
-        gptq(weight, hessian, Params(bits=(4,)))
+        quantized(weight, hessian, Params(bits=(4,)))
 
 
 def test_a_layer_that_no_token_reached_is_refused() -> None:
     weight, hessian = layer(4, 20)
     with pytest.raises(NotFinite, match="no calibration token reached this layer"):
-        gptq(weight, torch.zeros_like(hessian), Params(bits=(4,)))
-
-
-def test_gptq_without_calibration_says_what_is_missing() -> None:
-    weight, _ = layer(4, 20)
-    with pytest.raises(UsageError, match="gptq needs calibration"):
-        gptq(weight, None, Params(bits=(4,)))
+        quantized(weight, torch.zeros_like(hessian), Params(bits=(4,)))
 
 
 @pytest.mark.parametrize(

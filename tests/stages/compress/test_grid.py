@@ -17,9 +17,9 @@ from layerwise.stages.compress.grid import (
     check_finite,
     dequantize,
     fit,
-    grid_level,
     quantize,
 )
+from layerwise.stages.levels.grid import grid_level
 
 magnitudes = st.sampled_from([1e-9, 1e-6, 1e-4, 0.02, 1.0, 300.0, 3e4])
 groups_of_weights = st.builds(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from layerwise.stages.compress.rtn import Params, rtn
-from layerwise.stages.levels.level import grid_columns
+from layerwise.stages.levels.grid import grid_columns
+from layerwise.stages.levels.level import Level
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -16,9 +18,11 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(("columns", "group_size"), [(48, 16), (45, 16), (30, -1), (30, 128), (5, 1)])
-def test_every_weight_gets_the_nearest_point_of_its_groups_grid(columns: int, group_size: int, sym: bool) -> None:
+def test_every_weight_gets_the_nearest_point_of_its_groups_grid(
+    make_levels: Callable[..., list[Level]], columns: int, group_size: int, sym: bool
+) -> None:
     weight = random_weight(4, columns)
-    for level in rtn(weight, None, Params(bits=(2, 3, 5), group_size=group_size, sym=sym)):
+    for level in make_levels("rtn", weight, bits=(2, 3, 5), group_size=group_size, sym=sym):
         codes, scale, zero, group = grid_columns(level)
         bits = level.recipe["bits"]
         zero = torch.full(scale.shape, 2.0 ** (bits - 1)) if zero is None else zero.float()
@@ -30,17 +34,31 @@ def test_every_weight_gets_the_nearest_point_of_its_groups_grid(columns: int, gr
 
 
 @pytest.mark.parametrize("sym", [True, False])
-def test_the_last_group_may_be_shorter(sym: bool) -> None:
+def test_the_last_group_may_be_shorter(make_levels: Callable[..., list[Level]], sym: bool) -> None:
     weight = random_weight(3, 21)
-    params = Params(bits=(4,), group_size=8, sym=sym)
-    (level,) = rtn(weight, None, params)
-    parts = [rtn(part.contiguous(), None, params)[0].decode() for part in weight.split(8, dim=1)]
+    menu = {"bits": (4,), "group_size": 8, "sym": sym}
+    (level,) = make_levels("rtn", weight, **menu)
+    parts = [make_levels("rtn", part.contiguous(), **menu)[0].decode() for part in weight.split(8, dim=1)]
     assert level.tensors["scale"].shape == (3, 3)
     assert torch.equal(level.decode(), torch.cat(parts, dim=1))
 
 
-def test_more_bits_never_raise_the_error() -> None:
+def test_more_bits_never_raise_the_error(make_levels: Callable[..., list[Level]]) -> None:
     weight = random_weight(16, 64)
-    levels = rtn(weight, None, Params(bits=(2, 3, 4, 5, 6, 7, 8), group_size=32))
+    levels = make_levels("rtn", weight, bits=(2, 3, 4, 5, 6, 7, 8), group_size=32)
     errors = [float((level.decode() - weight).square().sum()) for level in levels]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_what_was_pruned_stays_pruned_and_the_rest_is_rounded_as_without_it(
+    make_levels: Callable[..., list[Level]], sym: bool
+) -> None:
+    weight = random_weight(6, 45)
+    keep = weight.abs() > 0.7
+    menu = {"bits": (2, 3, 8), "group_size": 16, "sym": sym}
+    plain = make_levels("rtn", weight * keep, **menu)
+    for level, dense in zip(make_levels("rtn", weight * keep, keep=keep, **menu), plain, strict=True):
+        assert torch.equal(level.decode(), dense.decode() * keep)
+        assert level.recipe["encoding"] == "masked_grid"
+        assert (level.name, level.parameters) == (dense.name, int(keep.sum()))

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels.packing import pack
-from layerwise.stages.levels.level import Level, grid_columns
+from layerwise.stages.levels.dense import dense_level
+from layerwise.stages.levels.files import open_unit, read_level, write_unit
+from layerwise.stages.levels.grid import grid_columns
+from layerwise.stages.levels.level import ENCODINGS, Level, find_encoding
+from layerwise.stages.levels.mask import kept, mask_level, pack_mask, unpack_mask
+from layerwise.stages.levels.masked_grid import masked_grid_level
+from layerwise.stages.levels.parent import parent_level
 
 
-def grid_level(
+def random_grid(
     shape: tuple[int, int], bits: int, group_size: int, *, sym: bool, g_idx: Tensor | None = None, seed: int = 0
 ) -> tuple[Level, Tensor, Tensor, Tensor]:
     """A level of random parts, and those parts: codes, scale, zero."""
@@ -38,7 +48,7 @@ def grid_level(
     ("sym", "effective_bits"), [(False, Fraction(3) + Fraction(19, 128)), (True, Fraction(3) + Fraction(16, 128))]
 )
 def test_three_bits_in_groups_of_128_cost_19_or_16_bits_more_per_group(sym: bool, effective_bits: Fraction) -> None:
-    level, *_ = grid_level((8, 256), 3, 128, sym=sym)
+    level, *_ = random_grid((8, 256), 3, 128, sym=sym)
     assert level.bits == 3
     assert level.effective_bits == effective_bits
     assert level.stored_bits == effective_bits * 8 * 256
@@ -52,7 +62,7 @@ def test_effective_bits_count_every_stored_bit_and_bytes_count_the_padding_too(
     columns: int, group_size: int, groups: int, bits: int
 ) -> None:
     rows = 3
-    level, *_ = grid_level((rows, columns), bits, group_size, sym=False)
+    level, *_ = random_grid((rows, columns), bits, group_size, sym=False)
     assert level.stored_bits == rows * (columns * bits + groups * (16 + bits))
     words = -(-columns * bits // 32) + -(-groups * bits // 32)
     assert level.size_bytes == rows * (4 * words + 2 * groups)
@@ -60,8 +70,8 @@ def test_effective_bits_count_every_stored_bit_and_bytes_count_the_padding_too(
 
 def test_a_stored_column_order_is_paid_for() -> None:
     g_idx = torch.tensor([1, 0, 0, 1, 1, 0], dtype=torch.int32)
-    with_index, *_ = grid_level((4, 6), 4, 3, sym=True, g_idx=g_idx)
-    without, *_ = grid_level((4, 6), 4, 3, sym=True)
+    with_index, *_ = random_grid((4, 6), 4, 3, sym=True, g_idx=g_idx)
+    without, *_ = random_grid((4, 6), 4, 3, sym=True)
     assert with_index.stored_bits - without.stored_bits == 32 * 6
     assert with_index.size_bytes - without.size_bytes == 4 * 6
 
@@ -69,7 +79,7 @@ def test_a_stored_column_order_is_paid_for() -> None:
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(("columns", "group_size"), [(64, 32), (70, 32), (7, 3), (20, -1), (20, 128)])
 def test_a_grid_decodes_to_code_minus_zero_times_scale_exactly(columns: int, group_size: int, sym: bool) -> None:
-    level, codes, scale, zero = grid_level((5, columns), 3, group_size, sym=sym)
+    level, codes, scale, zero = random_grid((5, columns), 3, group_size, sym=sym)
     size = columns if group_size == -1 else group_size
     W = level.decode()
     assert W.dtype == torch.float32
@@ -82,13 +92,13 @@ def test_a_grid_decodes_to_code_minus_zero_times_scale_exactly(columns: int, gro
 
 def test_a_stored_column_order_says_which_scale_each_column_uses() -> None:
     g_idx = torch.tensor([1, 0, 0, 1, 1, 0], dtype=torch.int32)
-    level, codes, scale, zero = grid_level((2, 6), 4, 3, sym=False, g_idx=g_idx)
+    level, codes, scale, zero = random_grid((2, 6), 4, 3, sym=False, g_idx=g_idx)
     expected = (codes - zero[:, g_idx]).double() * scale.double()[:, g_idx]
     assert torch.equal(level.decode().double(), expected)
 
 
 def test_the_parts_of_a_grid_come_back_unpacked() -> None:
-    level, codes, scale, zero = grid_level((3, 10), 5, 4, sym=False)
+    level, codes, scale, zero = random_grid((3, 10), 5, 4, sym=False)
     found_codes, found_scale, found_zero, group = grid_columns(level)
     assert torch.equal(found_codes, codes.to(torch.uint8))
     assert torch.equal(found_scale, scale)
@@ -100,13 +110,134 @@ def test_the_parts_of_a_grid_come_back_unpacked() -> None:
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 32), (torch.bfloat16, 16), (torch.float16, 16)])
 def test_a_dense_level_is_the_weight_at_the_width_of_its_dtype(dtype: torch.dtype, width: int) -> None:
     weight = torch.randn((4, 6), generator=torch.Generator().manual_seed(0)).to(dtype)
-    level = Level("dense", {"encoding": "dense", "method": "dense"}, (4, 6), {"weight": weight})
+    level = dense_level(weight)
+    assert level.recipe["dtype"] == str(dtype).removeprefix("torch.")
     assert level.bits == level.effective_bits == width
     assert level.size_bytes == 24 * width // 8
+    assert level.parameters == 24
     assert torch.equal(level.decode(), weight.float())
+
+
+# --- masks ---
+
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 40))
+
+
+@st.composite
+def pruned(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """A weight and what is kept of it: anything from nothing to all."""
+    rows, columns = draw(shapes)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    keep = torch.rand((rows, columns), generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    return torch.randn((rows, columns), generator=generator).to(dtype), keep
+
+
+@given(pruned())
+def test_a_mask_is_numpys_packed_bits_and_comes_back(case: tuple[Tensor, Tensor]) -> None:
+    _, keep = case
+    mask = pack_mask(keep)
+    assert mask.dtype == torch.uint8
+    assert (mask.numpy() == np.packbits(keep.numpy(), axis=1, bitorder="little")).all()
+    assert torch.equal(unpack_mask(mask, keep.shape[1]), keep)
+
+
+@given(pruned())
+def test_a_pruned_level_is_its_kept_weights_and_zeros(case: tuple[Tensor, Tensor]) -> None:
+    weight, keep = case
+    level = mask_level("m", {"method": "any", "sparsity": 0.5}, weight, keep)
+    assert torch.equal(level.decode(), torch.where(keep, weight.float(), torch.zeros(())))
+    assert torch.equal(kept(level), keep)
+    count, width, (rows, columns) = int(keep.sum()), 8 * weight.element_size(), weight.shape
+    assert level.parameters == count
+    assert level.bits == count * width / (rows * columns)
+    assert level.stored_bits == rows * columns + count * width  # one bit of mask for each weight, and the values
+    assert level.size_bytes == rows * -(-columns // 8) + count * weight.element_size()
+    assert level.costs["flops"] == 2 * count
+
+
+@given(pruned(), st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 4, 16]), st.booleans(), st.booleans())
+def test_a_pruned_grid_is_the_grid_with_zeros_for_what_is_pruned(
+    case: tuple[Tensor, Tensor], bits: int, group_size: int, sym: bool, ordered: bool
+) -> None:
+    _, keep = case
+    rows, columns = keep.shape
+    groups = 1 if group_size == -1 else -(-columns // group_size)
+    shuffled = torch.randperm(columns, generator=torch.Generator().manual_seed(1)) % groups
+    g_idx = shuffled.to(torch.int32) if ordered else None
+    dense, codes, scale, zero = random_grid((rows, columns), bits, group_size, sym=sym, g_idx=g_idx)
+    recipe = {"method": "any", "bits": bits, "group_size": group_size, "sym": sym}
+    level = masked_grid_level("m", recipe, codes, keep=keep, scale=scale, zero=zero, group=g_idx)
+    assert torch.equal(level.decode(), dense.decode() * keep)
+    assert not level.decode()[~keep].any()
+    count = int(keep.sum())
+    overhead = rows * groups * (16 + (0 if sym else bits)) + (32 * columns if ordered else 0)
+    assert level.parameters == count
+    assert level.stored_bits == rows * columns + count * bits + overhead
+    assert level.bits == count * bits / (rows * columns)
+    zeros = 0 if sym else 4 * rows * -(-groups * bits // 32)
+    index = 4 * columns if ordered else 0
+    assert level.size_bytes == rows * -(-columns // 8) + 4 * -(-count * bits // 32) + 2 * rows * groups + zeros + index
+
+
+# --- parents, and what all encodings have in common ---
+
+
+@pytest.mark.parametrize("name", ["keep", "drop"])
+def test_a_parents_level_stores_nothing_and_stands_for_no_weight(name: str) -> None:
+    level = parent_level(name)
+    assert (level.name, level.recipe["encoding"], level.shape, dict(level.tensors)) == (name, name, (0, 0), {})
+    assert set(level.costs.values()) == {0}
+    assert level.bits == level.effective_bits == 0
+    assert level.encoding.pack(level) is None
+    with pytest.raises(UsageError, match=f"level {name} of a parent stands for no weight"):
+        level.decode()
+
+
+def examples() -> dict[str, Level]:
+    """A level of every encoding."""
+    weight = torch.randn((6, 24), generator=torch.Generator().manual_seed(0)).half()
+    keep = weight.abs() > 0.6
+    grid, codes, scale, zero = random_grid((6, 24), 3, 8, sym=False)
+    recipe = {key: value for key, value in grid.recipe.items() if key != "encoding"}
+    return {
+        "dense": dense_level(weight),
+        "grid": grid,
+        "mask": mask_level("mask", {"method": "any", "sparsity": 0.5}, weight, keep),
+        "masked_grid": masked_grid_level("masked", recipe, codes, keep=keep, scale=scale, zero=zero),
+        "keep": parent_level("keep"),
+        "drop": parent_level("drop"),
+    }
+
+
+def test_every_encoding_of_the_table_is_tried_here() -> None:
+    assert set(examples()) == set(ENCODINGS)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_bytes_are_those_of_the_tensors_in_the_file_and_a_level_comes_back_from_it(
+    encoding: str, tmp_path: Path
+) -> None:
+    level = examples()[encoding]
+    file = write_unit(tmp_path, "unit", [level])
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert len(content) - header == level.size_bytes == level.costs["bytes"]
+    assert level.stored_bits <= 8 * level.size_bytes
+    found = read_level(*open_unit(tmp_path, "unit"), level.name)
+    assert (found.name, found.recipe, found.shape) == (level.name, level.recipe, level.shape)
+    assert found.tensors.keys() == level.tensors.keys()
+    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in level.tensors.items())
+    assert found.costs == level.costs
+    assert find_encoding(encoding).label(level.recipe)
+    if level.n_weights:
+        assert torch.equal(found.decode(), level.decode())
+        assert level.decode().dtype == torch.float32
+        assert int(level.decode().count_nonzero()) <= level.parameters <= level.n_weights
 
 
 def test_an_encoding_of_another_version_is_named() -> None:
     level = Level("new", {"encoding": "trellis"}, (1, 1), {})
-    with pytest.raises(UsageError, match="level new: unknown encoding 'trellis'"):
+    with pytest.raises(UsageError, match="unknown encoding 'trellis'") as caught:
         level.decode()
+    assert "another version of layerwise" in (caught.value.hint or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,14 +12,11 @@ import torch
 from layerwise.kernels.dense import Dense
 from layerwise.kernels.packed import rebuild
 from layerwise.kernels.packing import pack
-from layerwise.stages.compress.dense import Params as DenseParams
-from layerwise.stages.compress.dense import dense
-from layerwise.stages.compress.gptq import Params as GptqParams
-from layerwise.stages.compress.gptq import gptq
-from layerwise.stages.compress.rtn import Params as RtnParams
-from layerwise.stages.compress.rtn import rtn
-from layerwise.stages.levels.level import Level
-from layerwise.stages.levels.pack import KERNEL_BITS, kind, pack_level, pack_or_dense
+from layerwise.stages.apply.packed import pack_or_dense
+from layerwise.stages.levels.dense import dense_level
+from layerwise.stages.levels.grid import KERNEL_BITS
+from layerwise.stages.levels.level import Level, find_encoding
+from layerwise.stages.levels.mask import mask_level
 
 SHAPES = [(24, 64), (7, 40), (16, 33), (5, 300)]
 """Even, with a ragged last group, and odd."""
@@ -37,10 +35,11 @@ def hessian(columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 2, 16, 32, 128])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_packed_grid_is_the_decoded_level_bit_for_bit(shape: tuple[int, int], group_size: int, sym: bool) -> None:
-    params = RtnParams(bits=KERNEL_BITS, group_size=group_size, sym=sym)
-    for level in rtn(random_weight(shape), None, params):
-        packed = pack_level(level)
+def test_a_packed_grid_is_the_decoded_level_bit_for_bit(
+    make_levels: Callable[..., list[Level]], shape: tuple[int, int], group_size: int, sym: bool
+) -> None:
+    for level in make_levels("rtn", random_weight(shape), bits=KERNEL_BITS, group_size=group_size, sym=sym):
+        packed = level.encoding.pack(level)
         assert packed is not None
         assert packed.shape == shape
         assert torch.equal(packed.dense(), level.decode())
@@ -50,12 +49,12 @@ def test_a_packed_grid_is_the_decoded_level_bit_for_bit(shape: tuple[int, int], 
 @pytest.mark.parametrize(("group_size", "columns"), itertools.product([16, 32], [64, 40, 75]))
 @pytest.mark.parametrize("sym", [True, False])
 def test_groups_formed_in_the_order_of_activations_are_packed_with_their_order(
-    group_size: int, columns: int, sym: bool
+    make_levels: Callable[..., list[Level]], group_size: int, columns: int, sym: bool
 ) -> None:
-    params = GptqParams(bits=KERNEL_BITS, group_size=group_size, desc_act=True, sym=sym)
-    for level in gptq(random_weight((12, columns)), hessian(columns), params):
+    menu = {"bits": KERNEL_BITS, "group_size": group_size, "desc_act": True, "sym": sym}
+    for level in make_levels("gptq", random_weight((12, columns)), {"hessian": hessian(columns)}, **menu):
         assert "g_idx" in level.tensors
-        packed = pack_level(level)
+        packed = level.encoding.pack(level)
         assert packed is not None
         assert "ordered" in packed.label
         assert torch.equal(packed.dense(), level.decode())
@@ -63,17 +62,17 @@ def test_groups_formed_in_the_order_of_activations_are_packed_with_their_order(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_dense_level_is_packed_as_it_is(dtype: torch.dtype) -> None:
-    (level,) = dense(random_weight((6, 10)).to(dtype), None, DenseParams())
-    packed = pack_level(level)
+    level = dense_level(random_weight((6, 10)).to(dtype))
+    packed = level.encoding.pack(level)
     assert isinstance(packed, Dense)
     assert packed.size_bytes == level.size_bytes
     assert torch.equal(packed.dense(), level.decode())
 
 
 @pytest.mark.parametrize("bits", [5, 6, 7])
-def test_a_width_without_a_kernel_runs_as_its_dense_weight(bits: int) -> None:
-    (level,) = rtn(random_weight((6, 40)), None, RtnParams(bits=[bits], group_size=16))
-    assert pack_level(level) is None
+def test_a_width_without_a_kernel_runs_as_its_dense_weight(make_levels: Callable[..., list[Level]], bits: int) -> None:
+    (level,) = make_levels("rtn", random_weight((6, 40)), bits=bits, group_size=16)
+    assert level.encoding.pack(level) is None
     packed = pack_or_dense(level)
     assert packed.label == "dense"
     assert torch.equal(packed.dense(), level.decode())
@@ -84,11 +83,32 @@ def test_groups_of_unequal_sizes_have_no_kernel() -> None:
     uneven = torch.tensor([0, 0, 0, 0, 1, 1], dtype=torch.int32)
     tensors = {"codes": pack(codes, 4), "scale": torch.ones((4, 2)).half(), "g_idx": uneven}
     recipe = {"encoding": "grid", "method": "any", "bits": 4, "group_size": 3, "sym": True}
-    assert pack_level(Level("odd", recipe, (4, 6), tensors)) is None
+    level = Level("odd", recipe, (4, 6), tensors)
+    assert level.encoding.pack(level) is None
 
 
-def test_an_encoding_that_nobody_packs_has_no_kernel() -> None:
-    assert pack_level(Level("new", {"encoding": "trellis"}, (1, 1), {})) is None
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_a_packed_mask_is_the_decoded_level_bit_for_bit(
+    shape: tuple[int, int], dtype: torch.dtype, share: float
+) -> None:
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
+    level = mask_level("m", {"method": "any", "sparsity": 1 - share}, random_weight(shape).to(dtype), keep)
+    packed = level.encoding.pack(level)
+    assert packed is not None
+    assert torch.equal(packed.dense(), level.decode())
+    assert torch.equal(rebuild(packed.settings, packed.tensors).dense(), level.decode())
+
+
+def test_what_no_kernel_takes_runs_as_its_dense_weight(make_levels: Callable[..., list[Level]]) -> None:
+    weight = random_weight((6, 40))
+    keep = weight > 0
+    (level,) = make_levels("rtn", weight, keep=keep, bits=4, group_size=16)
+    wide = mask_level("m", {"method": "any", "sparsity": 0.5}, weight, keep)  # a kernel would round 32 bits to 16
+    for one in (level, wide):
+        assert one.encoding.pack(one) is None
+        assert torch.equal(pack_or_dense(one).dense(), one.decode())
 
 
 # --- what is timed once ---
@@ -101,26 +121,26 @@ def entries() -> list[dict[str, Any]]:
     return [*plain, *(entry | {"desc_act": True} for entry in plain if entry["method"] == "gptq")]
 
 
-def test_levels_of_one_kind_and_shape_have_one_label() -> None:
+def test_levels_of_one_kind_and_shape_have_one_label(make_levels: Callable[..., list[Level]]) -> None:
     labels: dict[str, set[str]] = {}
     weight, H = random_weight((4, 256)), hessian(256)
     for entry in entries():
         arguments = {"bits": [entry["bits"]], "group_size": entry["group_size"], "sym": entry["sym"]}
         if entry["method"] == "rtn":
-            (level,) = rtn(weight, None, RtnParams(**arguments))
+            (level,) = make_levels("rtn", weight, **arguments)
         else:
-            (level,) = gptq(weight, H, GptqParams(**arguments, desc_act=entry.get("desc_act", False)))
-        assert kind(level.recipe) == kind(entry)
-        packed = pack_level(level)
+            (level,) = make_levels("gptq", weight, {"hessian": H}, **arguments, desc_act=entry.get("desc_act", False))
+        assert level.encoding.label(level.recipe) == find_encoding("grid").label(entry)
+        packed = level.encoding.pack(level)
         assert packed is not None
-        labels.setdefault(kind(entry), set()).add(packed.label)
+        labels.setdefault(level.encoding.label(entry), set()).add(packed.label)
     assert all(len(found) == 1 for found in labels.values())
     assert len(labels) == len({label for found in labels.values() for label in found}) == 4 * 2 * (3 + 2)
 
 
-def test_widths_without_a_kernel_and_unknown_encodings_are_kinds_of_their_own() -> None:
+def test_widths_without_a_kernel_are_kinds_of_their_own() -> None:
+    label = find_encoding("grid").label
     six = {"encoding": "grid", "bits": 6, "group_size": 32, "sym": True}
-    assert kind(six) == kind({**six, "group_size": 64}) != kind({**six, "bits": 5})
-    assert kind({"encoding": "dense"}) == "dense"
-    new = {"encoding": "trellis", "rate": 2}
-    assert kind(new) == kind(dict(reversed(new.items()))) != kind({**new, "rate": 3})
+    assert label(six) == label({**six, "group_size": 64}) != label({**six, "bits": 5})
+    labels = {find_encoding(name).label({**six, "sparsity": 0.5}) for name in ("dense", "mask", "masked_grid", "drop")}
+    assert len(labels) == 4
