@@ -29,11 +29,13 @@ class ModelLevels:
         self._parents = {unit.name for unit in order if unit.is_parent}
 
     def model(self, workflow: ModelSource) -> ModelSource:
-        """The dense model below them.
+        """The dense model below them; the workflow's where there are none.
 
         Raises:
             UsageError: they are not all of one.
         """
+        if not self.models:
+            return workflow
         first, *others = [source_of(model.folder, workflow).path for model in self.models]
         if any(other != first for other in others):
             raise UsageError("models of different dense models cannot be compared in one go")
