@@ -29,7 +29,7 @@ class ModelLevels:
         self._parents = {unit.name for unit in order if unit.is_parent}
 
     def model(self, workflow: ModelSource) -> ModelSource:
-        """The dense model below them.
+        """The dense model below them; the workflow's where there are none.
 
         Raises:
             UsageError: they are not all of one.

@@ -32,6 +32,9 @@ from layerwise.stages.models.compressed import CompressedModel
 from layerwise.stages.quantities import Count
 
 Metric = Literal["perplexity", "kl", "agreement"]
+DENSE = "dense"
+"""The workflow's own model, among the candidates."""
+
 MEASURED_AS = {"perplexity": "nll", "kl": "kl", "agreement": "agreement"}
 
 
@@ -63,8 +66,8 @@ def evaluate(context: Context, params: EvaluateParams) -> None:
         found |= _score(context, params, tokens, *_allocations(context), note="allocations")
     for number, folder in enumerate(context.inputs["models"]):
         found |= _score(context, params, tokens, *_model(context, folder), note=f"model {number + 1}")
-    if "dense" not in found:  # all of them are of models that were transformed
-        found = {**_score(context, params, tokens, {"dense": ()}, {"models": ()}, note="dense"), **found}
+    if DENSE not in found:  # everything was made of a model that had been changed before
+        found = _score(context, params, tokens, {DENSE: ()}, {"models": []}, note=DENSE) | found
     (context.out / "metrics.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     context.record(
         "metrics",
@@ -90,7 +93,7 @@ def _allocations(context: Context) -> tuple[dict[str, Genome], Levels]:
     check_database(allocations, index)
     genomes: dict[str, Genome] = {allocation.candidate: allocation.genome for allocation in allocations}
     if index.model(context.model) == context.model:
-        genomes = {"dense": (0,) * len(index.units), **genomes}
+        genomes = {DENSE: (0,) * len(index.units), **genomes}
     return genomes, {"database": database}
 
 
@@ -103,7 +106,7 @@ def _model(context: Context, folder: Path) -> tuple[dict[str, Genome], Levels]:
     name = f"{about['allocation']['candidate']}@model" if "allocation" in about else str(about["transform"])
     genomes: dict[str, Genome] = {name: (1,) * units}
     if levels.model(context.model) == context.model:
-        genomes = {"dense": (0,) * units, **genomes}
+        genomes = {DENSE: (0,) * units, **genomes}
     return genomes, {"models": [folder]}
 
 

@@ -122,6 +122,10 @@ def test_pruned_then_quantized(
         for name in (allocation.candidate, f"{allocation.candidate}@model"):
             assert metrics[name]["kl"]["mean"] == pytest.approx(expected, abs=1e-5)
         assert metrics["dense"]["kl"]["mean"] == 0.0
+        alone = bench.run("evaluate", {"metrics": ["kl"]}, allocations=found.out, database=levels.out)
+        by_levels = json.loads((alone.out / "metrics.json").read_text())
+        assert next(iter(by_levels)) == "dense", "it is measured beside them even if nothing was made of it"
+        assert by_levels["dense"] == metrics["dense"]
 
         if not gone:
             from transformers import AutoModelForCausalLM
