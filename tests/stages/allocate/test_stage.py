@@ -400,7 +400,7 @@ def test_a_profile_of_another_database_is_refused(chain: Callable[[str], Any]) -
 
 def test_a_loss_that_does_not_know_dropped_parts_is_refused_before_anything_runs() -> None:
     """Weight and output errors are those of weights; a level without a loss is never chosen."""
-    from layerwise.stages.compress.stage import CompressParams
+    from layerwise.stages.compress.params import CompressParams
     from layerwise.stages.profile.stage import ProfileParams
 
     feeding = {"database": [CompressParams.model_validate({"menu": MIXED})], "profile": [ProfileParams()]}

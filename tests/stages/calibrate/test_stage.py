@@ -16,7 +16,7 @@ from layerwise.stages import find_stage
 from layerwise.stages.calibrate import collect as collect_module
 from layerwise.stages.calibrate.stage import CalibrateParams
 from layerwise.stages.calibrate.statistics import Statistics
-from layerwise.stages.compress.stage import CompressParams
+from layerwise.stages.compress.params import CompressParams
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.models.survey import take_survey
 

@@ -20,7 +20,7 @@ from layerwise.errors import NotFinite, UnsupportedModel, UsageError
 from layerwise.stages.allocate.costs import CostTable
 from layerwise.stages.calibrate.stage import CalibrateParams
 from layerwise.stages.calibrate.statistics import Statistics
-from layerwise.stages.compress.stage import CompressParams, mistakes
+from layerwise.stages.compress.params import CompressParams, mistakes
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.levels.database import Database, DatabaseIndex
 from layerwise.stages.levels.files import unit_file
