@@ -45,7 +45,7 @@ OVERRIDES: dict[str, list[str]] = {
     ],
 }
 SETS: dict[tuple[str, str], list[str]] = {
-    ("prune_then_quantize", "stories260k"): ["params.bytes=[170000,180000,190000,200000,220000]"],
+    ("prune_then_quantize", "stories260k"): ["params.bytes=[225000,240000,255000,270000,300000]"],
 }
 """What a part needs to be told of a model: budgets in bytes."""
 

@@ -1,4 +1,5 @@
-"""The frontier as a picture: average bits (or bytes) against the loss, one colour and marker per solver.
+"""The frontier as a picture: average bits (or bytes) against the loss, one colour and marker per solver,
+or per stage where one solver made them all.
 
 Drawn with matplotlib's file-only backend and without its global state, so it works on a server and beside a notebook's
 own figures. Left out: interactive plots; the Parquet tables are there for those.
@@ -89,11 +90,14 @@ def _draw_points(axes: Any, x: pd.Series, y: pd.Series, points: pd.DataFrame) ->
     front = points["on_front"].astype(bool)
     if front.sum() > 1:
         axes.plot(x[front], y[front], color=_GREY, linewidth=1.2, zorder=2, label="front")
-    for i, (solver, rows) in enumerate(points.groupby("solver", sort=True)):
+    told_apart_by = "solver" if points["solver"].nunique() > 1 else "stage"
+    for i, (name, rows) in enumerate(points.groupby(told_apart_by, sort=True)):
         look = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "linestyle": "none"}
         best, others = rows.index[front[rows.index]], rows.index[~front[rows.index]]
-        axes.plot(x[others], y[others], **look, markersize=5, markeredgewidth=0, alpha=0.35, zorder=3)
-        axes.plot(x[best], y[best], **look, markersize=7, markeredgewidth=0, zorder=4, label=solver)
+        pale = {**look, "markersize": 5, "markeredgewidth": 0, "alpha": 0.35, "zorder": 3}
+        axes.plot(x[others], y[others], **pale, label=None if len(best) else name)
+        if len(best):
+            axes.plot(x[best], y[best], **look, markersize=7, markeredgewidth=0, zorder=4, label=name)
     for i in points.index[points["knee"].astype(bool)]:
         ring = {"marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgecolor": "black"}
         axes.plot(x[i], y[i], **ring, linestyle="none", zorder=5, label=f"knee ({x[i]:.3g}, {y[i]:.3g})")
