@@ -22,6 +22,8 @@ from layerwise.errors import InfeasibleBudget, NotFinite, UsageError
 from layerwise.results.resources import OF_LEVELS, RESOURCES
 from layerwise.solvers import Problem
 from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex
+from layerwise.stages.models.network import named_by
+from layerwise.stages.registry import nearest
 
 Amount = float | str
 """Of a budget: a number as in RESOURCES, or `40%`, a share of the way from the least that is reachable to the greatest.
@@ -61,9 +63,15 @@ class CostTable:
     Args:
         index: the database.
         times: what its levels take on a machine, if that was measured; with them `ms` is one more resource.
+        fixed: level that units must have, by what names them in `targets`; it need not be offered.
+    Raises:
+        UnsupportedModel: nothing is named so.
+        UsageError: there is no such level, a unit is to have two, or one inside a parent that is to be dropped.
     """
 
-    def __init__(self, index: DatabaseIndex, times: Times | None = None) -> None:
+    def __init__(
+        self, index: DatabaseIndex, times: Times | None = None, *, fixed: Mapping[str, str] | None = None
+    ) -> None:
         self.index = index
         self.units = index.units
         self.n_weights = sum(unit.n_weights for unit in self.units)
@@ -76,6 +84,7 @@ class CostTable:
             for row, values in enumerate(times.ms):
                 self.costs["ms"][row, : len(values)] = [np.inf if value is None else value for value in values]
             self.rest["ms"] = times.rest_ms
+        self.fixed = self._fixed(fixed or {})
 
     def _table(self, resource: str) -> NDArray[np.float64]:
         """(units, levels), inf where a unit has no such level."""
@@ -92,7 +101,32 @@ class CostTable:
         offered = np.zeros(self.shape, dtype=bool)
         for row, unit in enumerate(self.units):
             offered[row, : len(unit.levels)] = [level.usable and level.offered for level in unit.levels]
+        for row, column in self.fixed.items():
+            offered[row] = False
+            offered[row, column] = True
         return offered
+
+    def _fixed(self, levels: Mapping[str, str]) -> dict[int, int]:
+        """By row, the level that it must have."""
+        found: dict[int, int] = {}
+        for pattern, name in levels.items():
+            for unit in named_by(pattern, [entry.unit for entry in self.units], "fixed"):
+                row = self._rows[unit.name]
+                known = [level.name for level in self.units[row].levels if level.usable]
+                if name not in known:
+                    raise UsageError(f"fixed: {unit.name} has no level '{name}' ({nearest(name, known)})")
+                column = [level.name for level in self.units[row].levels].index(name)
+                if found.setdefault(row, column) != column:
+                    raise UsageError(f"fixed: {unit.name} is to have two levels, '{name}' is one of them")
+        present = self.present([found.get(row, UNCHANGED) for row in range(len(self.units))])
+        for row in found:
+            if not present[row]:
+                parent = self.units[row].unit.parent
+                raise UsageError(
+                    f"fixed: {self.units[row].name} is to have a level, but {parent}, which it is in, is to be dropped",
+                    hint="fix one of the two",
+                )
+        return found
 
     # --- what is inside what ---
 

@@ -96,6 +96,11 @@ class AllocateParams(Params):
     tie: Literal["none", "fused"] = Field(
         "none", description="fused: q/k/v and gate/up share one level, as serving engines need it"
     )
+    fixed: dict[str, str] = Field(
+        {},
+        description="levels that units must have, by name, kind or re:<pattern> as in `targets` ({head: dense}); they "
+        "need not be offered",
+    )
     data: str = Field("calibration", description="the text to search on, by its name in the workflow's data section")
     seed: int = Field(0, ge=0, description="of a search")
     batch_tokens: Count = Field(2048, description="tokens that run at a time")
@@ -216,7 +221,7 @@ def allocate(context: Context, params: AllocateParams) -> None:
     """
     index = DatabaseIndex(context.input("database"))
     times = [load_times(folder, index) for folder in context.inputs["latency"]]
-    table = CostTable(index, *times)
+    table = CostTable(index, *times, fixed=params.fixed)
     losses, profile_tokens = _profiled_losses(context, params, index)
     tie = params.tie == "fused"
     problems = {}

@@ -221,6 +221,20 @@ def select_units(
     return chosen
 
 
+def named_by(pattern: str, units: Sequence[Unit], what: str) -> list[Unit]:
+    """The units that a pattern names, as in `targets`.
+
+    Args:
+        pattern: see `select_units`.
+        units: parents among them are named in the same way.
+        what: the key that the pattern stands under, for the error.
+    Raises:
+        UnsupportedModel: it names none.
+    """
+    _check_fits(what, pattern, units, ())
+    return [unit for unit in units if _fits(unit, pattern)]
+
+
 def _named(unit: Unit, patterns: Iterable[str]) -> bool:
     return any(_fits(unit, pattern) for pattern in patterns)
 

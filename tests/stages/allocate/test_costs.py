@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from layerwise.errors import InfeasibleBudget, NotFinite, UsageError
-from layerwise.solvers import SOLVERS
+from layerwise.errors import InfeasibleBudget, LayerwiseError, NotFinite, UsageError
+from layerwise.solvers import SOLVERS, branch
 from layerwise.stages.allocate.costs import CostTable, Times, budget_text, load_times
 from layerwise.stages.levels.database import DatabaseIndex, LevelEntry, UnitEntry, write_index
 from layerwise.stages.models.network import Unit
@@ -467,3 +467,38 @@ def test_times_of_another_database_are_refused(timed: CostTable, tmp_path: Path)
     (tmp_path / "latency.json").write_text(json.dumps({**document, "database": "0" * 64}))
     with pytest.raises(UsageError, match="the latencies are those of another database"):
         load_times(tmp_path, timed.index)
+
+
+# --- levels that units must have ---
+
+
+def test_a_fixed_level_is_the_only_one_and_need_not_be_offered(two_units: CostTable) -> None:
+    table = CostTable(two_units.index, fixed={"q": "8b"})
+    problem = table.problem({"bytes": 1000 + 104 + 94}, tie=False, losses=[[0.3, 0.2, 0.1], [0.3, None, 0.1]])
+    assert problem.available[0].tolist() == [False, False, True]
+    assert branch(problem).choice.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        ({"nothing": "8b"}, "fixed: 'nothing' names no unit"),
+        ({"q": "9b"}, r"fixed: q has no level '9b' \(known: 2b, 4b, 8b\)"),
+        ({"q": "8b", "re:.*": "2b"}, "fixed: q is to have two levels"),
+    ],
+)
+def test_a_level_that_cannot_be_had_is_refused(two_units: CostTable, fixed: dict[str, str], message: str) -> None:
+    with pytest.raises(LayerwiseError, match=message):
+        CostTable(two_units.index, fixed=fixed)
+
+
+def test_a_parent_that_must_go_and_something_in_it_that_must_stay_exclude_each_other(one_block: CostTable) -> None:
+    for fixed in ({"block": "drop", "q": "4b"}, {"attn": "drop", "q": "8b"}, {"block": "drop", "attn": "keep"}):
+        with pytest.raises(UsageError, match="which it is in, is to be dropped"):
+            CostTable(one_block.index, fixed=fixed)
+    stays = CostTable(one_block.index, fixed={"block": "keep", "q": "4b"})
+    losses = [[0.0, 0.9], [0.0, 0.1], [0.0, 0.2], [0.0, 0.3], [0.0, 0.3], [0.0, 0.3]]
+    choice = branch(stays.problem({"bytes": 1000 + 4 * 6 + 5 + 5 + 5}, tie=False, losses=losses)).choice.tolist()
+    assert stays.canonical(choice) == [0, 1, 0, 0, 0, 0], (
+        "dropping attention costs 0.1, and what must be at 4 bits in it costs more"
+    )
