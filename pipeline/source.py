@@ -31,6 +31,9 @@ import layerwise
 PACKAGES = ("layerwise.stages", "layerwise.kernels", "layerwise.solvers")
 """Those of our packages whose modules count."""
 
+_KERNEL = re.compile(r"layerwise\.kernels\.\w+(:\w+)?")
+"""A module of kernels, or an object in one, as a table or what a table is made of names it."""
+
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """An entry of a table of names: `module:object`."""
 
@@ -92,7 +95,8 @@ def _read(name: str) -> _Module:
     tree = ast.parse(path.read_bytes())
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     spelling = _Spelling(tree)
-    kernels = [entry.partition(":")[0] for entry in spelling.entries if entry.startswith("layerwise.kernels.")]
+    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    kernels = [text.partition(":")[0] for text in texts if _KERNEL.fullmatch(text)]
     imports = dict.fromkeys([*_imports(tree, package), *kernels])
     return _Module(hashlib.sha256("".join(spelling.pieces).encode()).hexdigest(), tuple(imports))
 

@@ -13,7 +13,7 @@ from layerwise.errors import UnsupportedModel, UsageError
 from layerwise.stages.compress.params import CompressParams
 from layerwise.stages.contract import Context, ModelSource
 from layerwise.stages.models.network import Unit, select_units
-from layerwise.stages.models.selection import left_alone
+from layerwise.stages.models.selection import is_large, left_alone
 
 if TYPE_CHECKING:
     from layerwise.stages.calibrate.statistics import Statistics
@@ -128,8 +128,8 @@ def choose(context: Context, params: CompressParams) -> Chosen:
     chosen = [(unit, stored) for unit, stored in survey.units if unit.name in wanted]
     parents = _parents(params, survey)
     note = left_alone(survey, wanted)
-    if note is not None:
-        context.progress(0, len(chosen), note)
+    if note is not None and is_large(source):  # of others it was told before the run
+        context.progress(0, len(chosen), f"units; {note}")
     return Chosen(source, model, survey, chosen, parents, folder, counts)
 
 

@@ -68,7 +68,7 @@ def _uncovered_row(weight: Uncovered) -> Row:
 
 def noted(model: ModelSource, targets: Sequence[str], ignore: Sequence[str]) -> Iterator[str]:
     """What gets no level, told before the run; of a model that takes long to load only once it is loaded."""
-    if sum(file.stat().st_size for file in model.path.glob("*.safetensors")) > QUICK_BYTES:
+    if is_large(model):
         yield "the model is large: which of its weights stay as they are is told when it has been loaded"
         return
     survey = _surveyed(model)
@@ -76,6 +76,11 @@ def noted(model: ModelSource, targets: Sequence[str], ignore: Sequence[str]) -> 
     note = left_alone(survey, chosen)
     if note is not None:
         yield note
+
+
+def is_large(model: ModelSource) -> bool:
+    """Whether a model takes long to load."""
+    return sum(file.stat().st_size for file in model.path.glob("*.safetensors")) > QUICK_BYTES
 
 
 @cache

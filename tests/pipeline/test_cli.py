@@ -122,8 +122,9 @@ def test_a_dry_run_says_what_would_run_and_makes_nothing(
     assert outcome.code == 0
     lines = outcome.out.splitlines()
     assert lines[0] == "statistics: would run (not there yet)"
-    assert lines[1] == "levels: would run (waits for statistics)"
-    assert len(lines) == 8
+    assert lines[1].startswith("  note: 16,384 of 36,864 weights (44%) stay as they are: ")
+    assert lines[2] == "levels: would run (waits for statistics)"
+    assert len(lines) == 9
     assert not (tmp_path / "results" / "artifacts").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import layerwise
 from layerwise.pipeline import source
-from layerwise.pipeline.source import source_digest, source_modules
+from layerwise.pipeline.source import PACKAGES, source_digest, source_modules
 
 METHOD = '''\
 """A method."""
@@ -135,10 +135,11 @@ def test_a_program_has_the_digest_of_the_module_that_it_is(tmp_path: Path, monke
     assert done.stdout.strip() == source_digest("lw_program")
 
 
-def test_a_table_of_kernels_leads_to_every_one_and_solvers_and_the_pipeline_are_left_out() -> None:
+def test_a_table_of_kernels_leads_to_every_one_and_the_pipeline_is_left_out() -> None:
     found = source_modules("layerwise.stages.latency.stage")
     assert {"layerwise.kernels.triton_backends", "layerwise.kernels.quantized"} <= set(found)
-    assert all(name.startswith(("layerwise.stages.", "layerwise.kernels.")) for name in found)
+    assert all(name.startswith(PACKAGES) for name in found)
+    assert "layerwise.solvers._evolve" in source_modules("layerwise.stages.allocate.stage")
 
 
 def test_a_copy_without_symlinks_has_the_digest_of_the_checkout(tmp_path: Path) -> None:
