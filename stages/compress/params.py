@@ -8,8 +8,8 @@ from typing import Annotated, Any, Union
 from pydantic import Field, field_validator
 
 from layerwise.stages.compress import MenuEntry, compressor_names, find_compressor
-from layerwise.stages.contract import Params
-from layerwise.stages.models.selection import Ignored, Targets
+from layerwise.stages.contract import ModelSource, Params
+from layerwise.stages.models.selection import Ignored, Targets, noted
 
 ENTRY_TYPES = tuple(find_compressor(name).params for name in compressor_names())
 AnyEntry: Any = Annotated[Union[ENTRY_TYPES], Field(discriminator="method")]  # noqa: UP007 (made at run time)
@@ -64,6 +64,12 @@ class CompressParams(Params):
     def sources(self) -> Iterable[str]:
         """The modules of its methods."""
         return dict.fromkeys(find_compressor(entry.method).run.__module__ for entry in self.menu)
+
+
+def notes(params: CompressParams, model: ModelSource) -> Iterable[str]:
+    """What stays as it is. Where the menu needs statistics, the stage that gathers them tells of it."""
+    if params.targets is not None or not params.needs_statistics:
+        yield from noted(model, params.targets or (), params.ignore)
 
 
 Mistakes = Iterator[tuple[tuple[str | int, ...], str]]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from layerwise.results.resources import RESOURCES
 from layerwise.stages.compress.block_levels import compress_blocks
 from layerwise.stages.compress.chosen import beside_levels, choose, with_own_costs
-from layerwise.stages.compress.params import CompressParams, mistakes
+from layerwise.stages.compress.params import CompressParams, mistakes, notes
 from layerwise.stages.compress.unit_levels import compress_unit
 from layerwise.stages.contract import Context, Port, Row, Stage
 from layerwise.stages.models.selection import unit_rows
@@ -100,4 +100,5 @@ STAGE = Stage(
     gives="database",
     takes={"statistics": Port("statistics", optional=True), "model": Port("model", optional=True)},
     check=mistakes,
+    notes=notes,
 )

@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from layerwise.errors import NotFinite, UnsupportedModel, UsageError
+from layerwise.stages import find_stage
 from layerwise.stages.allocate.costs import CostTable
 from layerwise.stages.calibrate.stage import CalibrateParams
 from layerwise.stages.calibrate.statistics import Statistics
@@ -63,8 +64,12 @@ def test_every_unit_gets_every_level_with_its_errors(
             assert row["flops"] == 2 * unit.n_weights * unit.share
             assert row["method"] == name.split("-")[0]
             assert json.loads(row["recipe"]) == dict(level.recipe)
-    told = [note for _, _, note in made.levels.progress if "stay as they are" in note]
-    assert len(told) == 1
+    (note,) = find_stage("calibrate").notes(CalibrateParams(), made.bench.model)
+    left = sum(unit.n_weights for unit in lm.units if unit.block is None)
+    left += sum(weight.n_weights for weight in lm.uncovered)
+    assert note.startswith(f"{left:,} of "), "what gets no level is told before the run, with how much it is"
+    menu = [{"method": "rtn", "bits": 4}]
+    assert [note] == list(find_stage("compress").notes(CompressParams(menu=menu), made.bench.model))
 
 
 def test_level_0_is_what_the_model_has_and_is_offered_only_if_the_menu_says_so(
