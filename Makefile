@@ -34,6 +34,8 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/main_job.py
+	$(BIN)/python benchmarks/menu.py
+	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/kernels.py
 
