@@ -7,6 +7,7 @@ looked up by stage key: the `stages` table says which keys a run went through, a
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -114,11 +115,20 @@ def _units(store: Store, allocation: dict[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
     measured = ["bits", "effective_bits", "size_bytes", "weight_nmse", "output_error"]
-    keys = stage_keys(latest_stages(store, allocation["run_id"]).values())
+    keys = _database_keys(store, allocation)
     levels = store.read("levels", stage_key=keys, columns=["unit", "level", *measured]).drop_duplicates()
     levels = levels[~levels.duplicated(["unit", "level"], keep=False)]
     chosen = pd.DataFrame({"unit": allocation["units"] or [], "level": allocation["levels"] or []}, dtype="str")
     return chosen.merge(levels, on=["unit", "level"], how="left")
+
+
+def _database_keys(store: Store, allocation: dict[str, Any]) -> list[str]:
+    """Keys of the stage that made the levels of an allocation; of all stages of the run where that cannot be told."""
+    stages = latest_stages(store, allocation["run_id"])
+    runs = store.rows("runs", run=allocation["run_id"])
+    resolved = json.loads(runs[-1]["resolved"]) if runs and runs[-1]["resolved"] else {}
+    made = resolved.get("stages", {}).get(allocation["stage"], {}).get("inputs", {}).get("database")
+    return stage_keys([stages[made]] if made in stages else stages.values())
 
 
 def _metrics(store: Store, candidate: str) -> pd.DataFrame:

@@ -55,9 +55,12 @@ class Port:
     optional: bool = False
 
 
+BEFORE = "*"
+"""Instead of a port: every stage before this one."""
+
 Check = Callable[[Any, Mapping[str, Sequence[Any]]], Iterable[tuple[tuple[str | int, ...], str]]]
 """Finds mistakes that show only together with the parameters of the stages that feed a stage: takes its parameters and
-theirs by port, gives (path below `with`, text)."""
+theirs by port, and under BEFORE those of all that come before; gives (path below `with`, text)."""
 
 
 @dataclass(frozen=True)

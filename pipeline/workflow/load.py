@@ -27,7 +27,7 @@ from layerwise.pipeline.workflow.mistakes import validate
 from layerwise.pipeline.workflow.report import Report, describe
 from layerwise.pipeline.workflow.sources import Model, Text, read_model, read_texts
 from layerwise.pipeline.workflow.yaml12 import Place, Tree
-from layerwise.stages.contract import Params, Stage
+from layerwise.stages.contract import BEFORE, Params, Stage
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,23 @@ def _check_together(drafts: Sequence[Draft], inputs: Mapping[str, Inputs], repor
     for draft in drafts:
         wiring = draft.wiring
         feeding = {port: [params.get(id_) for id_ in ids] for port, ids in inputs.get(wiring.id, {}).items()}
+        feeding[BEFORE] = [params.get(id_) for id_ in _before(wiring.id, inputs)]
         complete = draft.params is not None and all(None not in given for given in feeding.values())
         if wiring.stage is None or wiring.stage.check is None or not complete:
             continue
         for path, text in wiring.stage.check(draft.params, feeding):
             report.add(draft.given.place_of(path), (*wiring.path, "with", *path), text)
+
+
+def _before(stage: str, inputs: Mapping[str, Inputs]) -> list[str]:
+    """Every stage that a stage's inputs were made with, in whatever number of steps."""
+    found: dict[str, None] = {}
+    waiting = [stage]
+    while waiting:
+        for ids in inputs.get(waiting.pop(), {}).values():
+            waiting += [id_ for id_ in ids if id_ not in found]
+            found |= dict.fromkeys(ids)
+    return list(found)
 
 
 def _hint(drafts: Sequence[Draft]) -> str | None:

@@ -77,7 +77,7 @@ class CostTable:
         self.n_weights = sum(unit.n_weights for unit in self.units)
         self.shape = (len(self.units), max(len(unit.levels) for unit in self.units))
         # Also of levels that are not offered: an allocation may hold them where a unit is not there.
-        self.costs = {resource: self._table(resource) for resource in OF_LEVELS}
+        self.costs = {name: self._table(name) for name in OF_LEVELS if self._is_counted(name)}
         self.rest = {name: index.rest.get(name, 0.0) for name in self.costs if RESOURCES[name].per == "model"}
         if times is not None:
             self.costs["ms"] = np.full(self.shape, np.inf)
@@ -86,13 +86,18 @@ class CostTable:
             self.rest["ms"] = times.rest_ms
         self.fixed = self._fixed(fixed or {})
 
+    def _is_counted(self, resource: str) -> bool:
+        """Whether every level says what it uses of a resource; a database of an earlier version may not."""
+        costs = [level.costs for unit in self.units for level in unit.levels if level.costs is not None]
+        return all(resource in known for known in costs)
+
     def _table(self, resource: str) -> NDArray[np.float64]:
         """(units, levels), inf where a unit has no such level."""
         table = np.full(self.shape, np.inf)
         for row, unit in enumerate(self.units):
             for column, level in enumerate(unit.levels):
                 if level.costs is not None:
-                    table[row, column] = level.costs.get(resource, 0.0)  # 0 of what was not counted then
+                    table[row, column] = level.costs[resource]
         return table
 
     @cached_property
@@ -106,18 +111,23 @@ class CostTable:
             offered[row, column] = True
         return offered
 
+    def _column(self, row: int, name: str) -> int | None:
+        names = [level.name if level.usable else None for level in self.units[row].levels]
+        return names.index(name) if name in names else None
+
     def _fixed(self, levels: Mapping[str, str]) -> dict[int, int]:
         """By row, the level that it must have."""
         found: dict[int, int] = {}
         for pattern, name in levels.items():
-            for unit in named_by(pattern, [entry.unit for entry in self.units], "fixed"):
-                row = self._rows[unit.name]
-                known = [level.name for level in self.units[row].levels if level.usable]
-                if name not in known:
-                    raise UsageError(f"fixed: {unit.name} has no level '{name}' ({nearest(name, known)})")
-                column = [level.name for level in self.units[row].levels].index(name)
+            units = named_by(pattern, [entry.unit for entry in self.units], "fixed")
+            rows = [self._rows[unit.name] for unit in units]
+            having = {row: column for row in rows if (column := self._column(row, name)) is not None}
+            if not having:  # a pattern may name half-blocks beside the weights in them
+                known = dict.fromkeys(level.name for row in rows for level in self.units[row].levels if level.usable)
+                raise UsageError(f"fixed: {units[0].name} has no level '{name}' ({nearest(name, list(known))})")
+            for row, column in having.items():
                 if found.setdefault(row, column) != column:
-                    raise UsageError(f"fixed: {unit.name} is to have two levels, '{name}' is one of them")
+                    raise UsageError(f"fixed: {self.units[row].name} is to have two levels, '{name}' is one of them")
         present = self.present([found.get(row, UNCHANGED) for row in range(len(self.units))])
         for row in found:
             if not present[row]:
@@ -272,6 +282,11 @@ class CostTable:
             raise UsageError(
                 "a budget of ms needs measured times", hint="add a `latency` stage to what `allocate` needs"
             )
+        for resource in budget:
+            if resource not in self.costs:
+                raise UsageError(
+                    f"the levels do not say what they use of {resource}", hint="make them again: run `compress` anew"
+                )
 
     def _absolute(self, resource: str, amount: float) -> float:
         return amount - self.rest[resource] if resource in self.rest else amount * self.n_weights

@@ -26,10 +26,11 @@ from layerwise.stages.allocate.allocation import Allocation, make_allocation, sa
 from layerwise.stages.allocate.candidates import CandidateSearch
 from layerwise.stages.allocate.costs import Amount, CostTable, budget_text, load_times
 from layerwise.stages.allocate.methods import find_search, find_solver, is_search, search_names, solver_names
-from layerwise.stages.contract import Context, Params, Port, Stage
+from layerwise.stages.contract import BEFORE, Context, Params, Port, Stage
 from layerwise.stages.data.text import tokenized
 from layerwise.stages.evaluate.scoring import Request, evaluator_factory, perplexity, score
 from layerwise.stages.levels.database import DatabaseIndex
+from layerwise.stages.models.selection import valid_patterns
 from layerwise.stages.quantities import Count
 from layerwise.stages.registry import nearest
 
@@ -96,7 +97,7 @@ class AllocateParams(Params):
     tie: Literal["none", "fused"] = Field(
         "none", description="fused: q/k/v and gate/up share one level, as serving engines need it"
     )
-    fixed: dict[str, str] = Field(
+    fixed: Annotated[dict[str, str], AfterValidator(valid_patterns)] = Field(
         {},
         description="levels that units must have, by name, kind or re:<pattern> as in `targets` ({head: dense}); they "
         "need not be offered",
@@ -203,7 +204,10 @@ def _out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) 
     if not known:
         return
     open_ended = None in offers or any(entry.offers_unchanged for entry in menu)
-    least, most = 0.0 if None in offers else min(known), math.inf if open_ended else max(known)
+    # What an earlier compression has pruned costs nothing, whatever its bits: then only a run can tell.
+    compressed = any(hasattr(made, "pick") for made in feeding.get(BEFORE, ()))
+    least = 0.0 if None in offers or compressed else min(known)
+    most = math.inf if open_ended else max(known)
     for budget in params.combinations:
         amount = budget.get("bits", least)
         if isinstance(amount, str):

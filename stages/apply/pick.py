@@ -41,4 +41,7 @@ def pick(allocations: list[Allocation], how: str) -> Allocation:
     if not fitting:
         known = ", ".join(f"{allocation.budget} ({allocation.candidate})" for allocation in allocations)
         raise UsageError(f"pick: '{how}' fits no allocation; there are {known}", hint="or use knee, best or smallest")
+    if len({allocation.candidate for allocation in fitting}) > 1:
+        known = ", ".join(allocation.candidate for allocation in fitting)
+        raise UsageError(f"pick: '{how}' fits several allocations: {known}", hint="give more digits of one of them")
     return fitting[0]

@@ -199,5 +199,5 @@ def merge(parts: Sequence[Path], target: Path, together: Callable[[Tensor, Tenso
 def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, partial)
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
     settle_file(partial, target)

@@ -109,6 +109,8 @@ class Statistics:
             key=lambda file: int(file.stem.rpartition("-")[2]),
         )
         parts = [load_file(file) for file in files]
+        if len(parts) == 1:
+            return parts[0]["ids"], parts[0]["hidden"]
         return torch.cat([part["ids"] for part in parts]), torch.cat([part["hidden"] for part in parts])
 
     def _check_gathered(self, statistic: str) -> None:

@@ -17,6 +17,7 @@ from layerwise.stages.compress.chosen import beside_levels, choose, with_own_cos
 from layerwise.stages.compress.params import CompressParams, mistakes, notes
 from layerwise.stages.compress.unit_levels import compress_unit
 from layerwise.stages.contract import Context, Port, Row, Stage
+from layerwise.stages.models.compressed import link_or_copy
 from layerwise.stages.models.selection import unit_rows
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _take_over(finished: Path, target: Path) -> None:
     """Link the units' files into the artifact; an interrupted stage still finds them where they were."""
     target.mkdir()
     for file in sorted(finished.glob("*.safetensors")):
-        (target / file.name).hardlink_to(file)
+        link_or_copy(file, target / file.name)
 
 
 def _row(unit: UnitEntry, level: LevelEntry) -> Row:

@@ -170,7 +170,17 @@ class Maker:
         if self._weight is None:
             return [LevelEntry(level.name, dict(level.recipe), level.costs) for level in levels]
         share = 0.0 if self.unit.role == "embedding" else self.unit.share
-        return describe_levels(levels, self._weight, hessian, share=share)
+        described = describe_levels(levels, self._weight, hessian, share=share)
+        if self._unreached:  # on those tokens its output was off by nothing, for it gave none
+            described = [replace(entry, output_error=0.0) for entry in described]
+        return described
+
+    @property
+    def _unreached(self) -> bool:
+        """Whether Hessians were gathered, but none of this unit, because no calibration token got to it."""
+        if self._statistics is None or self.tokens != 0:
+            return False
+        return "hessian" in self._statistics.gathered and self.unit.name in self._statistics.selected
 
     @staticmethod
     def _failed(entry: MenuEntry, error: NotFinite) -> list[LevelEntry]:
@@ -194,6 +204,8 @@ def task_of(units: Mapping[str, tuple[Unit, Level]], statistics: Statistics | No
             weights[name] = level.tensors["weight"] if level.recipe["encoding"] == "dense" else level.decode()
         if "mask" in level.tensors:
             keep[name] = kept(level)
+        if "values" in level.tensors:  # pruned and nothing else: exactly what the checkpoint held
+            weights[name] = weights[name].to(level.tensors["values"].dtype)
 
     def statistic(name: str, kind: str) -> Tensor:
         assert statistics is not None, "checked before the work starts"

@@ -18,11 +18,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BYTES_OF_DTYPE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES_OF_DTYPE = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
+}
 """Width of the dtypes that safetensors names in its header; 8-bit floats are all called F8_*."""
 
 INDEX = "model.safetensors.index.json"
 """Says which weights are in which file, where there are several."""
+
+SINGLE = "model.safetensors"
 
 BESIDE = (".json", ".txt", ".model", ".jinja")
 """Endings of the files beside the weights that belong to a model: configuration, tokenizer."""
@@ -41,18 +48,23 @@ class Checkpoint:
         self.folder = folder
         if not self.files:
             raise UnsupportedModel(
-                f"{folder} holds no safetensors weights",
+                f"{folder} holds no safetensors weights: neither {SINGLE} nor shards with {INDEX}",
                 hint="save the model with `save_pretrained` (safetensors is its default); pickled weights are not read",
             )
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """The weight files, in name order."""
-        index = self.folder / INDEX
+        """The weight files, in name order: those that transformers loads, and no copies or adapters beside them.
+
+        That is `model.safetensors`, else the shards that the index names.
+        """
+        single, index = self.folder / SINGLE, self.folder / INDEX
+        if single.is_file():
+            return (single,)
         if index.is_file():
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
             return tuple(self.folder / shard for shard in sorted(set(shards)))
-        return tuple(sorted(self.folder.glob("*.safetensors")))
+        return ()
 
     @cached_property
     def headers(self) -> dict[str, tuple[Path, str, tuple[int, ...]]]:

@@ -137,7 +137,7 @@ def observed(network: CausalLM, units: Sequence[Unit], seen: Callable[[Unit, Ten
             if module is None:
                 by_view[unit.view] = unit
             else:
-                handle = module.register_forward_pre_hook(_hook(unit, module, seen))
+                handle = module.register_forward_pre_hook(_hook(unit, module, seen), with_kwargs=True)
                 stack.callback(handle.remove)
         if by_view:
             watched = {view.tensor: network.parameter(view.tensor) for view in by_view}
@@ -152,9 +152,9 @@ def observed(network: CausalLM, units: Sequence[Unit], seen: Callable[[Unit, Ten
 
 def _hook(
     unit: Unit, module: nn.Module, seen: Callable[[Unit, Tensor, Tensor], None]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
-        X: Tensor = args[0]
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        X: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         seen(unit, _rows(module, X), X)
 
     return observe

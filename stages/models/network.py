@@ -261,4 +261,10 @@ def _check_fits(what: str, pattern: str, units: Sequence[Unit], uncovered: Seque
                 hint="leave it out of `targets`; it stays as it is and is counted in bytes",
             )
     known = list(dict.fromkeys([*TARGETS, *(unit.kind for unit in units)]))
-    raise UnsupportedModel(f"{what}: '{pattern}' names no unit ({nearest(pattern, known)})")
+    if what == "fixed" and pattern in TARGETS:
+        raise UnsupportedModel(f"{what}: there is no {pattern} among the units", hint="add it to `targets`")
+    if pattern in ("attention", "mlp"):
+        hint = f"let it be dropped: {{method: drop, units: [{pattern}]}}"
+        raise UnsupportedModel(f"{what}: '{pattern}' has no weight of its own", hint=hint)
+    start = "a pattern must match from the start of a name: re:.*q_proj" if pattern.startswith("re:") else None
+    raise UnsupportedModel(f"{what}: '{pattern}' names no unit ({nearest(pattern, known)})", hint=start)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator
 
 from layerwise.stages.contract import ModelSource, Row
+from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.network import Uncovered, Unit, select_units
 from layerwise.stages.models.survey import Survey
+
+Patterns = TypeVar("Patterns", list[str], dict[str, str])
 
 QUICK_BYTES = 2 << 30
 """Weights that are loaded in order to say what a run will leave out, before it begins."""
 
 
-def _valid_patterns(value: list[str]) -> list[str]:
+def valid_patterns(value: Patterns) -> Patterns:
+    """Refuse what is no regular expression, of a list or of the keys of a mapping."""
     for pattern in value:
         if pattern.startswith("re:"):
             try:
@@ -27,8 +31,8 @@ def _valid_patterns(value: list[str]) -> list[str]:
     return value
 
 
-Targets = Annotated[list[str], AfterValidator(_valid_patterns)]
-Ignored = Annotated[list[str], AfterValidator(_valid_patterns)]
+Targets = Annotated[list[str], AfterValidator(valid_patterns)]
+Ignored = Annotated[list[str], AfterValidator(valid_patterns)]
 
 
 def unit_rows(survey: Survey, selected: Collection[str]) -> list[Row]:
@@ -80,7 +84,7 @@ def noted(model: ModelSource, targets: Sequence[str], ignore: Sequence[str]) -> 
 
 def is_large(model: ModelSource) -> bool:
     """Whether a model takes long to load."""
-    return sum(file.stat().st_size for file in model.path.glob("*.safetensors")) > QUICK_BYTES
+    return sum(file.stat().st_size for file in Checkpoint(model.path).files) > QUICK_BYTES
 
 
 @cache

@@ -50,7 +50,6 @@ def test_an_allocation_names_the_levels_of_what_is_there_and_says_its_sizes(tabl
         "bytes": 551,
         "parameters": 0,
         "flops": 0,
-        "depth": 0,
     }
     dropped = make_allocation(table, [1, 1, 1], solver="ilp", budget={"bits": 3})
     assert dropped.levels == {"attn": "drop", "up": "grid"}

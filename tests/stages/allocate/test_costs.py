@@ -72,7 +72,6 @@ def test_costs_are_absolute_and_a_level_that_was_not_made_costs_infinity(two_uni
         "bytes": [[32, 57, 104], [94, inf, 319]],
         "parameters": [[100, 50, 100], [300, inf, 300]],
         "flops": [[200, 100, 200], [600, inf, 600]],
-        "depth": [[0, 0, 0], [0, inf, 0]],
     }
 
 
@@ -83,7 +82,6 @@ def test_sizes_are_said_as_people_read_them(two_units: CostTable) -> None:
         "bytes": 1000 + 57 + 94,
         "parameters": 250 + 50 + 300,
         "flops": 70 + 100 + 600,
-        "depth": 0,
     }
 
 

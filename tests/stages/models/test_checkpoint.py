@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +86,24 @@ def test_a_shard_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) 
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
     with pytest.raises(UnsupportedModel, match=r"cannot read .*model-1\.safetensors"):
         assert Checkpoint(tmp_path).headers
+
+
+def test_only_the_files_that_transformers_loads_are_the_models(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A copy, an adapter or a stale index beside them is neither counted nor read."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model_folder("llama"), tmp_path / "model")
+    folder = tmp_path / "model"
+    clean = Checkpoint(folder).size_bytes
+    other = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / "model_old.safetensors", metadata={"format": "pt"})
+    save_file({f"copy.{name}": tensor for name, tensor in other.items()}, folder / "consolidated.safetensors")
+    weight_map = dict.fromkeys(other, "model_old.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.size_bytes == clean
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(checkpoint.read(name), loaded[name]) for name in checkpoint.headers)
