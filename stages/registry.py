@@ -7,10 +7,11 @@ join without touching ours.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from layerwise.errors import UsageError
 
@@ -24,6 +25,27 @@ def nearest(name: str, known: list[str]) -> str:
     """A half sentence that leads from a wrong name to the right one."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+Model = TypeVar("Model")
+
+
+def params_beside(run: Any, base: type[Model], name: str) -> type[Model]:
+    """The class `Params` of the module that a method's function stands in.
+
+    Args:
+        run: the function.
+        base: what the class must be derived from.
+        name: of the method, for the error.
+    Raises:
+        UsageError: there is no such class.
+    """
+    params = getattr(sys.modules[run.__module__], "Params", None)
+    if not (isinstance(params, type) and issubclass(params, base)):
+        raise UsageError(
+            f"method '{name}': {run.__module__} has no class Params, a {base.__name__}, beside its function"
+        )
+    return params
 
 
 def lookup(name: str, table: Mapping[str, object], *, group: str, kind: str) -> Any:

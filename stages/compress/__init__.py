@@ -12,16 +12,14 @@ Neither this module nor the methods import torch before they work, because a wor
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from layerwise.errors import UsageError
 from layerwise.stages.contract import Params
 from layerwise.stages.models.network import Unit
-from layerwise.stages.registry import lookup, names
+from layerwise.stages.registry import lookup, names, params_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +129,4 @@ def find_compressor(name: str) -> Compressor:
         UsageError: nobody offers it; names the nearest known one.
     """
     run = lookup(name, COMPRESSORS, group=COMPRESSOR_GROUP, kind="method")
-    params = getattr(sys.modules[run.__module__], "Params", None)
-    if not (isinstance(params, type) and issubclass(params, MenuEntry)):
-        raise UsageError(f"method '{name}': {run.__module__} has no class Params, a MenuEntry, beside its function")
-    return Compressor(params, run)
+    return Compressor(params_beside(run, MenuEntry, name), run)  # type: ignore[type-abstract]  # it is only compared with

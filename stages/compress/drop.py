@@ -1,8 +1,8 @@
 """`drop`: half-blocks and blocks that may be left out.
 
 A level of a parent: where a search takes it, the half-block adds nothing to the hidden state, or the block passes it
-on,
-and the units inside cost nothing. Both half-blocks of a block dropped are the block dropped: one model, one candidate.
+on, and the units inside cost nothing. Both half-blocks of a block dropped are the block dropped: one model, one
+candidate.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ Shape = tuple[int, int]
 """(out, in)."""
 
 Choices = Mapping[tuple[Shape, str], "Choice"]
-"""By shape and kind of level (`pack.kind`): what runs it."""
+"""By shape and kind of level (`Encoding.label`): what runs it."""
 
 
 @dataclass(frozen=True)

@@ -44,21 +44,28 @@ def grid_level(
 
     from layerwise.kernels.packing import pack
 
-    check_scale(name, scale)
-    bits = recipe["bits"]
-    tensors = {"codes": pack(codes.to(torch.uint8), bits), "scale": scale.half().contiguous()}
-    if not recipe["sym"]:
-        tensors["zero"] = pack(zero.to(torch.uint8), bits)
-    if group is not None:
-        tensors["g_idx"] = group.to(torch.int32)
+    tensors = {"codes": pack(codes.to(torch.uint8), recipe["bits"])}
+    tensors |= grid_tensors(name, recipe, scale=scale, zero=zero, group=group)
     rows, columns = codes.shape
     return Level(name, {"encoding": "grid", **recipe}, (rows, columns), tensors)
 
 
-def check_scale(name: str, scale: Tensor) -> None:
-    """Refuse scales that float16 does not hold."""
+def grid_tensors(
+    name: str, recipe: Mapping[str, Any], *, scale: Tensor, zero: Tensor, group: Tensor | None
+) -> dict[str, Tensor]:
+    """What is stored of the grids themselves; arguments and errors as of `grid_level`."""
+    import torch
+
+    from layerwise.kernels.packing import pack
+
     if not scale.isfinite().all():
         raise NotFinite(f"level {name}: a group's weights are too large for a float16 scale")
+    tensors = {"scale": scale.half().contiguous()}
+    if not recipe["sym"]:
+        tensors["zero"] = pack(zero.to(torch.uint8), recipe["bits"])
+    if group is not None:
+        tensors["g_idx"] = group.to(torch.int32)
+    return tensors
 
 
 def grid_columns(level: Level) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerwise.stages.levels.grid import check_scale, grid_label, grid_overhead_bits, group_grids
+from layerwise.stages.levels.grid import grid_label, grid_overhead_bits, grid_tensors, group_grids
 from layerwise.stages.levels.level import Level
 from layerwise.stages.levels.mask import kept, pack_mask
 
@@ -42,17 +42,8 @@ def masked_grid_level(
 
     from layerwise.kernels.packing import pack
 
-    check_scale(name, scale)
-    bits = recipe["bits"]
-    tensors = {
-        "mask": pack_mask(keep),
-        "codes": pack(codes.to(torch.uint8)[keep][None], bits),
-        "scale": scale.half().contiguous(),
-    }
-    if not recipe["sym"]:
-        tensors["zero"] = pack(zero.to(torch.uint8), bits)
-    if group is not None:
-        tensors["g_idx"] = group.to(torch.int32)
+    tensors = {"mask": pack_mask(keep), "codes": pack(codes.to(torch.uint8)[keep][None], recipe["bits"])}
+    tensors |= grid_tensors(name, recipe, scale=scale, zero=zero, group=group)
     rows, columns = codes.shape
     return Level(name, {"encoding": "masked_grid", **recipe}, (rows, columns), tensors)
 

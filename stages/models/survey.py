@@ -1,9 +1,8 @@
 """What there is to compress in a model: its units and where they stand in the checkpoint, and what is no unit.
 
-A survey is taken once, where a network is loaded, and written into artifacts; the stages behind read it without torch.
-It accounts for every byte of the checkpoint: each stored tensor belongs to units, to the parent that it stands in, or
-to
-the rest of the model.
+A survey is taken once, where a network is loaded, and written into artifacts; the stages behind read it without
+torch. It accounts for every byte of the checkpoint: each stored tensor belongs to units, to the parent that it
+stands in, or to the rest of the model.
 """
 
 from __future__ import annotations

@@ -10,14 +10,12 @@ Neither this module nor the methods import torch before they work, because a wor
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from layerwise.errors import UsageError
 from layerwise.stages.contract import Params
-from layerwise.stages.registry import lookup, names
+from layerwise.stages.registry import lookup, names, params_beside
 
 if TYPE_CHECKING:
     from layerwise.stages.models.causal_lm import CausalLM
@@ -69,9 +67,4 @@ def find_transform(name: str) -> Transform:
         UsageError: nobody offers it; names the nearest known one.
     """
     run = lookup(name, TRANSFORMS, group=TRANSFORM_GROUP, kind="method")
-    params = getattr(sys.modules[run.__module__], "Params", None)
-    if not (isinstance(params, type) and issubclass(params, TransformEntry)):
-        raise UsageError(
-            f"method '{name}': {run.__module__} has no class Params, a TransformEntry, beside its function"
-        )
-    return Transform(params, run)
+    return Transform(params_beside(run, TransformEntry, name), run)
