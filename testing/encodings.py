@@ -109,6 +109,8 @@ def _written(name: str, level: Level) -> None:
         write_unit(Path(folder), "second", [read])
         first, second = (unit_file(Path(folder), unit).read_bytes() for unit in ("first", "second"))
         demand(first == second, "written again, the file has other bytes")
+        written = len(first) - 8 - int.from_bytes(first[:8], "little")  # beside the header of a safetensors file
+        demand(level.size_bytes == written, f"its bytes are said to be {level.size_bytes}, and {written} are written")
 
 
 def _packed(name: str, level: Level) -> None:

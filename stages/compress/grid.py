@@ -16,15 +16,12 @@ from pydantic import AliasChoices, BeforeValidator, Field, field_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry
+from layerwise.stages.levels.scales import nearest_float16
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from layerwise.stages.levels.level import Level
-
-SMALLEST_SCALE = 2.0**-24
-"""Least positive float16: a subnormal, which decodes as exactly as any other. Groups of zeros get it, and groups so
-small that their scale would round to zero; both then decode to zeros."""
 
 
 class GridParams(MenuEntry):
@@ -97,23 +94,11 @@ def fit(low: Tensor, high: Tensor, max_code: Tensor | int, sym: bool) -> tuple[T
     Source: GPTQ, arXiv:2210.17323, section 4; formulas as in compressed-tensors 0.20.
     """
     if sym:
-        scale = _as_float16(low.abs().maximum(high.abs()) / (max_code / 2))
+        scale = nearest_float16(low.abs().maximum(high.abs()) / (max_code / 2))
         return scale, ((max_code + 1) / 2) + scale.new_zeros(scale.shape)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _as_float16((high - low) / max_code)
+    scale = nearest_float16((high - low) / max_code)
     return scale, clamp_codes((-low / scale).round(), max_code)
-
-
-def _as_float16(scale: Tensor) -> Tensor:
-    """The nearest float16, at least SMALLEST_SCALE; in the dtype of `scale`.
-
-    Torch converts float64 by way of float32, and rounding twice gives a neighbour of the nearest once in 16,000 times.
-    """
-    import torch
-
-    exponent = torch.frexp(scale).exponent
-    step = torch.ldexp(torch.ones_like(scale), (exponent - 11).clamp(min=-24))  # 11 bits of mantissa, or a subnormal
-    return ((scale / step).round() * step).half().to(scale.dtype).clamp(min=SMALLEST_SCALE)
 
 
 def quantize(W: Tensor, scale: Tensor, zero: Tensor, max_code: Tensor | int) -> Tensor:

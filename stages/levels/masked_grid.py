@@ -2,7 +2,7 @@
 
     mask    uint8 (out, ceil(in / 8))               as of `mask`
     codes   int32 (1, ceil(kept · bits / 32))       of the kept weights, row by row, packed as one row
-    scale, zero, g_idx                              as of `grid`
+    scale, zero, g_idx, ...                         as of `grid`
 
 There is no kernel for it yet: it runs as the dense weight that it decodes to.
 """
@@ -12,9 +12,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from layerwise.stages.levels.grid import grid_label, grid_overhead_bits, grid_tensors, group_grids
+from layerwise.stages.levels.grid import (
+    along_outputs,
+    grid_label,
+    grid_overhead_bits,
+    grid_tensors,
+    group_grids,
+    reading,
+)
 from layerwise.stages.levels.level import Level
 from layerwise.stages.levels.mask import kept, pack_mask
+from layerwise.stages.levels.scales import Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +34,16 @@ def masked_grid_level(
     codes: Tensor,
     *,
     keep: Tensor,
-    scale: Tensor,
+    scale: Tensor | Scales,
     zero: Tensor,
     group: Tensor | None = None,
+    input_scale: Tensor | None = None,
 ) -> Level:
     """Encode codes, grids and a mask as a level.
 
     Args:
-        name, recipe, codes, scale, zero, group: as of `grid.grid_level`; codes of pruned weights are not looked at.
+        name, recipe, codes, scale, zero, group, input_scale: as of `grid.grid_level`; codes of pruned
+            weights are not looked at.
         keep: (out, in) bool.
     Raises:
         NotFinite: a scale is too large for float16.
@@ -43,9 +53,10 @@ def masked_grid_level(
     from layerwise.kernels.packing import pack
 
     tensors = {"mask": pack_mask(keep), "codes": pack(codes.to(torch.uint8)[keep][None], recipe["bits"])}
-    tensors |= grid_tensors(name, recipe, scale=scale, zero=zero, group=group)
+    tensors |= grid_tensors(name, recipe, scale=scale, zero=zero, group=group, input_scale=input_scale)
     rows, columns = codes.shape
-    return Level(name, {"encoding": "masked_grid", **recipe}, (rows, columns), tensors)
+    reads = reading(scale, input_scale)
+    return Level(name, {"encoding": "masked_grid", **recipe, **reads}, (rows, columns), tensors)
 
 
 class MaskedGrid:
@@ -60,11 +71,14 @@ class MaskedGrid:
         bits, keep = level.recipe["bits"], kept(level)
         scale, zero, group = group_grids(level)
         row, column = keep.nonzero(as_tuple=True)
-        place = group[column].long()
+        line, place = (column, row) if along_outputs(level.recipe) else (row, column)
+        grid = (line, group[place].long())
         codes = unpack(level.tensors["codes"], bits, len(row))[0].float()
-        codes -= 2 ** (bits - 1) if zero is None else zero[row, place].float()
+        codes -= 2 ** (bits - 1) if zero is None else zero[grid].float()
         W = torch.zeros(level.shape, device=keep.device)
-        W[row, column] = codes * scale[row, place].float()
+        W[row, column] = codes * scale[grid].float()
+        if "input_scale" in level.tensors:
+            W *= level.tensors["input_scale"].float()
         return W
 
     @staticmethod
@@ -86,4 +100,5 @@ class MaskedGrid:
 
     @staticmethod
     def label(recipe: Mapping[str, Any]) -> str:
-        return f"no kernel: masked {grid_label(recipe)}"
+        along = " along outputs" if along_outputs(recipe) else ""
+        return f"no kernel: masked {grid_label(recipe)}{along}"

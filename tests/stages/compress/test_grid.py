@@ -12,7 +12,6 @@ from torch import Tensor
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress.grid import (
-    SMALLEST_SCALE,
     GridParams,
     check_finite,
     dequantize,
@@ -20,6 +19,7 @@ from layerwise.stages.compress.grid import (
     quantize,
 )
 from layerwise.stages.levels.grid import grid_level
+from layerwise.stages.levels.scales import SMALLEST_SCALE
 
 magnitudes = st.sampled_from([1e-9, 1e-6, 1e-4, 0.02, 1.0, 300.0, 3e4])
 groups_of_weights = st.builds(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from layerwise.stages.levels.level import ENCODINGS, Level
 from layerwise.stages.levels.mask import mask_level
 from layerwise.stages.levels.masked_grid import masked_grid_level
 from layerwise.stages.levels.parent import parent_level
+from layerwise.stages.levels.scales import WHOLE, Scales, quantized_scales
 from layerwise.testing import Promise, encoding_promises
 
 ROWS, COLUMNS = 5, 21  # odd, so that words and bytes are padded
@@ -23,19 +26,33 @@ def weight(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def grids() -> Iterator[tuple[str, dict[str, object], Tensor, dict[str, Tensor | None]]]:
-    """Every width and group size, symmetric or not, in order or not."""
+def grids() -> Iterator[tuple[str, dict[str, object], Tensor, dict[str, Tensor | Scales | None]]]:
+    """Every width and group size, symmetric or not, in order or not, and every way to store scales with some."""
     generator = torch.Generator().manual_seed(1)
-    for bits in range(2, 9):
-        for size, sym, ordered in [(-1, True, True), (8, False, True), (7, True, False), (7, False, False)]:
-            groups = 1 if size == -1 else -(-COLUMNS // size)
-            codes = torch.randint(0, 2**bits, (ROWS, COLUMNS), generator=generator)
-            scale = torch.rand((ROWS, groups), generator=generator) + 0.5
-            zero = torch.randint(0, 2**bits, (ROWS, groups), generator=generator).float()
-            order = torch.randperm(COLUMNS, generator=generator)
-            group = None if ordered else (torch.arange(COLUMNS) // size)[order]
-            recipe = {"method": "made up", "bits": bits, "group_size": size, "sym": sym, "desc_act": not ordered}
-            yield f"{bits}b-{size}-{sym}-{ordered}", recipe, codes, {"scale": scale, "zero": zero, "group": group}
+    plain = [(-1, True, True), (8, False, True), (7, True, False), (7, False, False)]
+    cases = [(bits, *case, "inputs", WHOLE, -1, False) for bits in range(2, 9) for case in plain]
+    stored = [(WHOLE, -1), (4, -1), (6, 2), (8, 2)]
+    cases += [
+        (bits, size, sym, True, along, *scales, scaled)
+        for bits, size, sym, along, scales, scaled in itertools.product(
+            (2, 3, 8), (-1, 2), (True, False), ("inputs", "outputs"), stored, (True, False)
+        )
+    ]
+    for bits, size, sym, ordered, along, scale_bits, above, scaled in cases:
+        lines, length = (ROWS, COLUMNS) if along == "inputs" else (COLUMNS, ROWS)
+        groups = 1 if size == -1 else -(-length // size)
+        codes = torch.randint(0, 2**bits, (ROWS, COLUMNS), generator=generator)
+        scale: Tensor | Scales = (torch.rand((lines, groups), generator=generator) + 0.5).half().float()
+        if scale_bits != WHOLE:
+            scale = quantized_scales(scale, scale_bits, above)
+        zero = torch.randint(0, 2**bits, (lines, groups), generator=generator).float()
+        order = torch.randperm(COLUMNS, generator=generator)
+        group = None if ordered else (torch.arange(COLUMNS) // size)[order]
+        input_scale = torch.rand(COLUMNS, generator=generator) + 0.5 if scaled else None
+        recipe = {"method": "made up", "bits": bits, "group_size": size, "sym": sym, "desc_act": not ordered}
+        recipe |= {"group_along": along}
+        name = f"{bits}b-{size}-{sym}-{ordered}-{along}-{scale_bits}-{above}-{scaled}"
+        yield name, recipe, codes, {"scale": scale, "zero": zero, "group": group, "input_scale": input_scale}
 
 
 def levels() -> dict[str, list[Level]]:
@@ -63,3 +80,34 @@ def test_every_encoding_of_the_table_is_tried_here() -> None:
 )
 def test_an_encoding_keeps_its_promises(promise: Promise) -> None:
     promise()
+
+
+def test_a_grid_means_code_less_zero_times_scale_times_input_scale_and_pays_for_each_stored_bit() -> None:
+    for name, recipe, codes, parts in grids():
+        level = grid_level(name, dict(recipe), codes, **parts)  # type: ignore[arg-type]
+        masked = masked_grid_level(name, dict(recipe), codes, keep=weight() > 0.3, **parts)  # type: ignore[arg-type]
+        scale, zero, group, inputs = (parts[key] for key in ("scale", "zero", "group", "input_scale"))
+        bits, lines = int(recipe["bits"]), codes.T if recipe["group_along"] == "outputs" else codes  # type: ignore[call-overload]
+        length, size = lines.shape[1], int(recipe["group_size"])  # type: ignore[call-overload]
+        overhead = 0
+        if isinstance(scale, Scales):
+            overhead += scale.codes.numel() * scale.bits + 16 * scale.above.numel()
+            above = [scale.above[:, 0 if scale.size == -1 else g // scale.size] for g in range(scale.codes.shape[1])]
+            exact = torch.stack(above, 1).double() * (scale.codes.double() + 1) / 2**scale.bits
+            values = torch.from_numpy(exact.numpy().astype(np.float16)).double()
+        else:
+            assert scale is not None
+            values, overhead = scale.double(), 16 * scale.numel()
+        assert zero is not None
+        overhead += 0 if recipe["sym"] else bits * values.numel()
+        overhead += (0 if group is None else 32 * COLUMNS) + (0 if inputs is None else 16 * COLUMNS)
+        place = torch.arange(length) // (length if size == -1 else size) if group is None else group
+        assert isinstance(place, Tensor)
+        zeros = torch.full_like(values, 2 ** (bits - 1)) if recipe["sym"] else zero.double()  # type: ignore[union-attr]
+        expected = (lines.double() - zeros[:, place]) * values[:, place]
+        expected = expected.T if recipe["group_along"] == "outputs" else expected
+        if isinstance(inputs, Tensor):
+            expected = (expected.float() * inputs.half().float()).double()
+        assert torch.equal(level.decode().double(), expected), name
+        assert torch.equal(masked.decode().double(), expected * (weight() > 0.3)), name
+        assert level.stored_bits == bits * codes.numel() + overhead, name

@@ -37,7 +37,7 @@ def random_grid(
     if sym:
         zero = torch.full((rows, groups), 2 ** (bits - 1))
     else:
-        tensors["zero"] = pack(zero, bits)
+        tensors["zero"] = pack(zero.reshape(1, -1), bits)
     if g_idx is not None:
         tensors["g_idx"] = g_idx
     recipe = {"encoding": "grid", "method": "any", "bits": bits, "group_size": group_size, "sym": sym}
@@ -64,8 +64,8 @@ def test_effective_bits_count_every_stored_bit_and_bytes_count_the_padding_too(
     rows = 3
     level, *_ = random_grid((rows, columns), bits, group_size, sym=False)
     assert level.stored_bits == rows * (columns * bits + groups * (16 + bits))
-    words = -(-columns * bits // 32) + -(-groups * bits // 32)
-    assert level.size_bytes == rows * (4 * words + 2 * groups)
+    words = rows * -(-columns * bits // 32) + -(-rows * groups * bits // 32)
+    assert level.size_bytes == 4 * words + 2 * rows * groups
 
 
 def test_a_stored_column_order_is_paid_for() -> None:
@@ -175,7 +175,7 @@ def test_a_pruned_grid_is_the_grid_with_zeros_for_what_is_pruned(
     assert level.parameters == count
     assert level.stored_bits == rows * columns + count * bits + overhead
     assert level.bits == count * bits / (rows * columns)
-    zeros = 0 if sym else 4 * rows * -(-groups * bits // 32)
+    zeros = 0 if sym else 4 * -(-rows * groups * bits // 32)
     index = 4 * columns if ordered else 0
     assert level.size_bytes == rows * -(-columns // 8) + 4 * -(-count * bits // 32) + 2 * rows * groups + zeros + index
 
