@@ -59,6 +59,28 @@ class BlockRun:
                 answers.append(self.network.run_block(self.index, hidden, self.network.begin(ids)))
         return torch.cat(answers)
 
+    def answer(self, tensors: Mapping[str, Tensor], sequences: Tensor) -> Tensor:
+        """The block's answers to some of the inputs, (chosen, length, width), differentiable in the tensors given.
+
+        Args:
+            tensors: by unit, its weight (out, in), or by the full name of any other parameter of the block.
+            sequences: (chosen,) int64, which of the sequences.
+        """
+        parameters: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            unit = self._by_name.get(name)
+            if unit is None or unit.view is None:
+                parameters[name] = tensor
+                continue
+            view, whole = unit.view, self.network.parameter(unit.view.tensor).data
+            stored = view.stored_form(tensor, view.part(whole).shape).to(whole)
+            if view.whole:
+                parameters[view.tensor] = stored
+            else:  # one of several in a parameter
+                view.part(parameters.setdefault(view.tensor, whole.clone())).copy_(stored)
+        hidden, stream = self.inputs[sequences], self.network.begin(self.ids[sequences])
+        return self.network.differentiable_block(self.index, hidden, stream, parameters)
+
     def groups(self) -> list[list[str]]:
         """Units that read the same input, in the order in which the block gets to them; one batch is run for it."""
         readers: dict[int, list[str]] = {}

@@ -12,7 +12,7 @@ Left out: encoder-decoder models, and blocks that exchange more than the hidden 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -223,8 +223,15 @@ class CausalLM:
     @torch.no_grad()
     def run_block(self, index: int, hidden: Tensor, stream: Stream) -> Tensor:
         """Hidden state after one block, from the hidden state before it; both (batch, length, width)."""
+        return self.differentiable_block(index, hidden, stream, {})
+
+    def differentiable_block(
+        self, index: int, hidden: Tensor, stream: Stream, parameters: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The same with other tensors for some parameters of the block, by their full names; gradients reach them."""
         args, kwargs = stream.calls[index]
-        output = self.blocks[index](hidden, *args, **kwargs)
+        inside = {name.removeprefix(f"{self.block_path}.{index}."): tensor for name, tensor in parameters.items()}
+        output = torch.func.functional_call(self.blocks[index], inside, (hidden, *args), kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     @torch.no_grad()
