@@ -32,6 +32,7 @@ COMPRESSORS = {
     "rtn": "layerwise.stages.compress.rtn:rtn",
     "gptq": "layerwise.stages.compress.gptq:gptq",
     "gptq_sequential": "layerwise.stages.compress.gptq_sequential:gptq_sequential",
+    "awq": "layerwise.stages.compress.awq:awq",
     "learned_rounding": "layerwise.stages.compress.learned_rounding:learned_rounding",
     "magnitude": "layerwise.stages.compress.magnitude:magnitude",
     "drop": "layerwise.stages.compress.drop:drop",

@@ -126,11 +126,12 @@ def grid_or_masked(
     zero: Tensor,
     group: Tensor | None = None,
     keep: Tensor | None = None,
+    input_scale: Tensor | None = None,
 ) -> Level:
     """Encode codes and grids as a level: as `grid_level`, or with a mask where an earlier pruning left one.
 
     Args:
-        name, recipe, codes, scale, zero, group: as of `layerwise.stages.levels.grid.grid_level`.
+        name, recipe, codes, scale, zero, group, input_scale: as of `layerwise.stages.levels.grid.grid_level`.
         keep: (out, in) bool.
     Raises:
         NotFinite: a scale is too large for float16.
@@ -139,8 +140,10 @@ def grid_or_masked(
     from layerwise.stages.levels.masked_grid import masked_grid_level
 
     if keep is None:
-        return grid_level(name, recipe, codes, scale=scale, zero=zero, group=group)
-    return masked_grid_level(name, recipe, codes, keep=keep, scale=scale, zero=zero, group=group)
+        return grid_level(name, recipe, codes, scale=scale, zero=zero, group=group, input_scale=input_scale)
+    return masked_grid_level(
+        name, recipe, codes, keep=keep, scale=scale, zero=zero, group=group, input_scale=input_scale
+    )
 
 
 def check_finite(what: str, tensor: Tensor) -> None:

@@ -20,6 +20,7 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"bits": [3, 5], "group_size": 7, "desc_act": "static", "sym": False},
     ],
     "gptq_sequential": [{"bits": [2, 4, 8], "group_size": 8}],
+    "awq": [{"bits": [2, 4, 8], "group_size": 8}, {"bits": 3, "group_size": 7, "sym": False, "grid_points": 5}],
     "learned_rounding": [
         {"bits": [2, 4, 8], "group_size": 8, "steps": 10, "batch_size": 2},
         {"bits": [3], "group_size": 7, "steps": 10, "sym": False},
