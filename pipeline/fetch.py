@@ -16,6 +16,7 @@ from layerwise.pipeline.workflow import Workflow
 from layerwise.pipeline.workflow.sources import Model, Text
 from layerwise.results.durable import replace_file
 from layerwise.stages.contract import ModelSource, TextSource
+from layerwise.stages.models.trust import CODE
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.jinja")
 """Weights, configuration and tokenizer of a Hugging Face model."""
@@ -30,7 +31,7 @@ class Fetched:
 
     Args:
         model: the dense model.
-        model_digest: of its files and the dtype it is computed in.
+        model_digest: of its files, the dtype it is computed in, and whether its code may run.
         data: the texts by name.
         data_digests: the same, by name.
     """
@@ -53,15 +54,21 @@ def fetch(workflow: Workflow, root: Path, digests: FileDigests) -> Fetched:
         DataError: a dataset cannot be read.
     """
     folder = _model_folder(workflow.model)
-    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    files = sorted({path for pattern in model_files(workflow.model) for path in folder.glob(pattern)})
     contents = {path.name: digests.sha256(path) for path in files}
+    trusted = {"trust": True} if workflow.model.trust else {}
     texts = {name: _text_source(name, text, root) for name, text in workflow.data.items()}
     return Fetched(
-        ModelSource(folder, workflow.model.dtype),
-        digest_of({"files": contents, "dtype": workflow.model.dtype}),
+        ModelSource(folder, workflow.model.dtype, trust=workflow.model.trust),
+        digest_of({"files": contents, "dtype": workflow.model.dtype, **trusted}),
         texts,
         {name: _text_digest(text, digests) for name, text in texts.items()},
     )
+
+
+def model_files(model: Model) -> tuple[str, ...]:
+    """Patterns of the files that make a model; its code is among them only if it may run."""
+    return (*MODEL_FILES, CODE) if model.trust else MODEL_FILES
 
 
 def _model_folder(model: Model) -> Path:
@@ -77,7 +84,9 @@ def _download(model: Model) -> Path:
     assert model.id is not None, "a model is a folder or an id"
     try:
         return Path(
-            huggingface_hub.snapshot_download(model.id, revision=model.revision, allow_patterns=list(MODEL_FILES))
+            huggingface_hub.snapshot_download(
+                model.id, revision=model.revision, allow_patterns=list(model_files(model))
+            )
         )
     except (OSError, ValueError) as error:
         raise UnsupportedModel(

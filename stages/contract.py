@@ -107,11 +107,13 @@ class ModelSource:
         path: the dense model, a local folder with safetensors.
         dtype: that it is computed in.
         compressed: a `model` artifact whose levels are laid over it; see `layerwise.stages.models.compressed`.
+        trust: whether code that stands in the folder may run; see `layerwise.stages.models.trust`.
     """
 
     path: Path
     dtype: str = "float32"
     compressed: Path | None = None
+    trust: bool = False
 
 
 @dataclass(frozen=True)

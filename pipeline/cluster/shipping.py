@@ -20,7 +20,7 @@ from typing import Any
 
 import layerwise
 from layerwise.errors import UsageError
-from layerwise.pipeline.fetch import MODEL_FILES
+from layerwise.pipeline.fetch import model_files
 from layerwise.pipeline.workflow import Workflow
 from layerwise.pipeline.workflow.yaml12 import dump
 
@@ -73,7 +73,7 @@ def cargo(workflow: Workflow) -> Cargo:
     """The files of the model, if it is a local folder, and the local texts."""
     files: dict[Path, str] = {}
     if workflow.model.path is not None:
-        found = sorted({path for pattern in MODEL_FILES for path in workflow.model.path.glob(pattern)})
+        found = sorted({path for pattern in model_files(workflow.model) for path in workflow.model.path.glob(pattern)})
         files |= {path: f"files/model/{path.name}" for path in found if path.is_file()}
     texts = dict.fromkeys(path for text in workflow.data.values() for path in text.paths)
     files |= {path: f"files/text-{index}.txt" for index, path in enumerate(texts)}

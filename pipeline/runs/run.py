@@ -162,6 +162,8 @@ class Run:
 
     def _tell_notes(self) -> None:
         """Say what stages will leave out or fall back to, before any of them spends hours on the rest."""
+        if self.sources.model.trust:
+            self.display.note(f"the model may run code of its own, in {self.sources.model.path} (`trust: true`)")
         if any(getattr(node.stage, "notes", None) for node in self.workflow.nodes):
             for plan in self.plan():
                 for text in plan.notes:

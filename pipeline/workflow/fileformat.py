@@ -49,6 +49,7 @@ class ModelEntry(Part):
     id: str | None = Field(None, description="Hugging Face id such as meta-llama/Meta-Llama-3-8B.")
     revision: str | None = Field(None, description="Commit of a Hugging Face model; a branch is not reproducible.")
     dtype: Dtype = Field("float32", description="What the dense model is computed in.")
+    trust: bool = Field(False, description="Run Python code that the model's folder brings; read it first.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelEntry:

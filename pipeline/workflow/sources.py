@@ -28,18 +28,20 @@ class Model:
     Args:
         path: the folder, absolute; None for a Hugging Face id.
         revision: of a Hugging Face model.
+        trust: whether code that it brings may run.
     """
 
     path: Path | None
     id: str | None
     revision: str | None = None
     dtype: str = "float32"
+    trust: bool = False
 
     def resolved(self) -> dict[str, Any]:
         """As it would stand in a file, with nothing left to defaults."""
         source = {"path": str(self.path)} if self.path is not None else {"id": self.id}
         revision = {} if self.revision is None else {"revision": self.revision}
-        return {**source, **revision, "dtype": self.dtype}
+        return {**source, **revision, "dtype": self.dtype, **({"trust": True} if self.trust else {})}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def read_model(header: Tree, report: Report) -> Model | None:
     if entry is None:
         return None
     key = "path" if entry.path is not None else "id"
-    options = {"dtype": entry.dtype, "revision": entry.revision}
+    options = {"dtype": entry.dtype, "revision": entry.revision, "trust": entry.trust}
     return _find_model(tree.entries[key], ("model", key), options, report)
 
 

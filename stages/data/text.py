@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from layerwise.errors import DataError
 from layerwise.results.durable import settle_file
 from layerwise.stages.contract import Context, TextSource
+from layerwise.stages.models.trust import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def tokenized(context: Context, name: str) -> Tokens:
         DataError: the text is shorter than one sequence, or than the tokens asked for.
     """
     target = context.items / f"tokens-{name}.npy"
-    write = partial(_write_sequences, model=context.model.path, target=target)
+    write = partial(_write_sequences, model=context.model.path, target=target, trust=context.model.trust)
     (total,) = context.executor.map(write, [context.data[name]], keys=[f"tokens-{name}"])
     return Tokens(target, total)
 
@@ -58,8 +59,8 @@ def load_sequences(tokens: Tokens) -> Tensor:
     return torch.from_numpy(np.load(tokens.path).astype(np.int64))
 
 
-def _write_sequences(source: TextSource, *, model: Path, target: Path) -> int:
-    sequences = cut(encode(source, model), source)
+def _write_sequences(source: TextSource, *, model: Path, target: Path, trust: bool) -> int:
+    sequences = cut(encode(source, model, trust), source)
     temporary = target.with_suffix(".partial")
     with temporary.open("wb") as stream:
         np.save(stream, sequences)
@@ -67,14 +68,21 @@ def _write_sequences(source: TextSource, *, model: Path, target: Path) -> int:
     return int(sequences.size)
 
 
-def encode(source: TextSource, model: Path) -> NDArray[np.int32]:
-    """Token ids of a whole text, in one stream."""
+def encode(source: TextSource, model: Path, trust: bool = False) -> NDArray[np.int32]:
+    """Token ids of a whole text, in one stream.
+
+    Args:
+        source: the text.
+        model: the folder that holds the tokenizer.
+        trust: whether the folder's own code may run.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        with loading(model, trust) as options:
+            tokenizer = AutoTokenizer.from_pretrained(model, **options)
         text = "\n\n".join(path.read_text(encoding="utf-8") for path in source.paths)
     except UnicodeDecodeError as error:
         raise DataError(f"data.{source.name}: not UTF-8 text ({error})") from error

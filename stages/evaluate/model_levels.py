@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ class ModelLevels:
         paths = {source_of(model.folder, workflow).path for model in self.models} or {workflow.path}
         if len(paths) > 1:
             raise UsageError("models of different dense models cannot be compared in one go")
-        return ModelSource(paths.pop(), workflow.dtype)
+        return replace(workflow, path=paths.pop(), compressed=None)
 
     def weight(self, unit: str, level: int) -> Tensor | None:
         """A unit's weight in one of the models, (out, in); None where it stayed dense."""

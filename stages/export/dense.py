@@ -30,7 +30,7 @@ def dense(source: ModelSource, out: Path) -> None:
             f"{dropped[0]}",
             hint="export it with `format: native`, or an allocation without dropped parts",
         )
-    checkpoint = Checkpoint(source.path)
+    checkpoint = Checkpoint(source.path, source.trust)
     copy_beside(checkpoint, out)
     if (source.path / INDEX).is_file():
         shutil.copyfile(source.path / INDEX, out / INDEX)

@@ -23,6 +23,7 @@ from layerwise.stages.levels.level import Level
 from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.compressed import CompressedModel, Weights
 from layerwise.stages.models.stored import Stored
+from layerwise.stages.models.trust import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ def native(source: ModelSource, out: Path) -> None:
     from layerwise.stages.models.causal_lm import CausalLM
     from layerwise.stages.models.survey import take_survey
 
-    checkpoint = Checkpoint(source.path)
+    checkpoint = Checkpoint(source.path, source.trust)
     survey = take_survey(CausalLM.load(replace(source, compressed=None)), source)
     entries = () if source.compressed is None else CompressedModel(source.compressed).document.units
     dropped = [entry.unit.name for entry in entries if entry.unit.is_parent]
@@ -101,9 +102,10 @@ def load(folder: Path, dtype: str = "float32") -> CausalLM:
             }
             level = Level(entry["level"], entry["recipe"], tuple(entry["shape"]), stored)
             _put(state, Stored.from_json(entry["stored"]), level.decode())
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        family = type(AutoModelForCausalLM.from_config(config))  # only its class: the weights are at hand
+    with loading(folder, trust=False) as options:
+        config = AutoConfig.from_pretrained(folder, **options)
+        with torch.device("meta"):  # only its class: the weights are at hand
+            family = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     model = family.from_pretrained(None, config=config, state_dict=state, dtype=getattr(torch, dtype))
     network = CausalLM(model)
     network.leave_out(document["dropped"])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.models.network import BEGIN, Uncovered, Unit
+from layerwise.stages.models.trust import loading
 from layerwise.stages.models.units import Answer, patched, units_of_block, units_outside
 
 TRIAL = (2, 6)
@@ -78,7 +79,8 @@ class CausalLM:
         """Load a local folder, and lay the levels of a compressed model over it, if the source names one.
 
         Raises:
-            UnsupportedModel: not a causal language model, weights missing, or it cannot be taken apart.
+            UnsupportedModel: not a causal language model, weights missing, it cannot be taken apart, or it takes code
+                of its own that is not trusted.
         """
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -87,9 +89,14 @@ class CausalLM:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=getattr(torch, source.dtype), local_files_only=True, output_loading_info=True
-            )
+            with loading(source.path, source.trust) as options:
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    source.path,
+                    dtype=getattr(torch, source.dtype),
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **options,
+                )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UnsupportedModel(f"cannot load {source.path}: {error}") from error
         if info["missing_keys"] or info.get("mismatched_keys"):

@@ -40,12 +40,13 @@ class Checkpoint:
 
     Args:
         folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+        trust: whether code that stands in the folder belongs to the model.
     Raises:
         UnsupportedModel: there are no safetensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, trust: bool = False) -> None:
+        self.folder, self.trust = folder, trust
         if not self.files:
             raise UnsupportedModel(
                 f"{folder} holds no safetensors weights: neither {SINGLE} nor shards with {INDEX}",
@@ -78,7 +79,8 @@ class Checkpoint:
     @property
     def beside(self) -> tuple[Path, ...]:
         """What a model folder holds beside its weights: configuration and tokenizer, and no index of weight files."""
-        files = (file for file in sorted(self.folder.iterdir()) if file.suffix in BESIDE and file.is_file())
+        endings = (*BESIDE, ".py") if self.trust else BESIDE
+        files = (file for file in sorted(self.folder.iterdir()) if file.suffix in endings and file.is_file())
         return tuple(file for file in files if file.name != INDEX)
 
     @property

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,7 @@ def source_of(folder: Path, workflow: ModelSource) -> ModelSource:
         return workflow
     base = folder / BASE
     compressed = folder if Document.load(folder).units else None
-    return ModelSource(base if base.is_dir() else workflow.path, workflow.dtype, compressed)
+    return replace(workflow, path=base if base.is_dir() else workflow.path, compressed=compressed)
 
 
 def model_of(context: Context, port: str) -> ModelSource:

@@ -88,8 +88,8 @@ def _transform(params: TransformParams, *, source: ModelSource, out: Path) -> di
     from layerwise.stages.models.compressed import BASE, CompressedModel, Document, source_of
     from layerwise.stages.transform.folder import Layout
 
-    network = CausalLM.load(ModelSource(source.path))
-    layout = Layout.of(network, Checkpoint(source.path))
+    network = CausalLM.load(replace(source, dtype="float32", compressed=None))
+    layout = Layout.of(network, Checkpoint(source.path, source.trust))
     before = None if source.compressed is None else CompressedModel(source.compressed)
     if before is not None:
         before.install(network)

@@ -10,6 +10,7 @@ import pytest
 
 from layerwise.errors import DataError, UnsupportedModel, UsageError
 from layerwise.pipeline.artifacts import FileDigests
+from layerwise.pipeline.cluster.shipping import cargo
 from layerwise.pipeline.fetch import Fetched, fetch
 
 REST = """
@@ -57,6 +58,19 @@ def test_a_readme_beside_the_weights_does_not_matter(desk: Any) -> None:
 
 def test_the_dtype_changes_the_digest_of_the_model(desk: Any) -> None:
     assert digests(desk, sets=["model={path: model, dtype: bfloat16}"])[0] != digests(desk)[0]
+
+
+def test_trust_in_the_model_and_then_its_code_are_part_of_what_it_is(desk: Any) -> None:
+    trusted = {"sets": ["model={path: model, trust: true}"]}
+    plain, before = digests(desk)[0], digests(desk, **trusted)[0]
+    (desk.folder / "model" / "code.py").write_text("new")
+    assert digests(desk)[0] == plain
+    assert len({plain, before, digests(desk, **trusted)[0]}) == 3
+    workflow = desk.load(REST, **trusted)
+    assert workflow.resolved()["model"]["trust"] is True
+    assert "trust" not in desk.load(REST).resolved()["model"]
+    assert desk.folder / "model" / "code.py" in cargo(workflow).files
+    assert desk.folder / "model" / "code.py" not in cargo(desk.load(REST)).files
 
 
 @pytest.mark.parametrize("option", ["data.calibration.tokens=1Ki", "data.calibration.sequence_length=64"])
