@@ -37,6 +37,7 @@ from layerwise.pipeline.cluster.shipping import (
     stage_package,
 )
 from layerwise.pipeline.cluster.submission import Submission, job_id, publish_submission
+from layerwise.pipeline.consent import Consent, NotNamed, consent_to, name_cluster
 from layerwise.pipeline.runs.attempt import last_number, read_attempt
 from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.runs.status import RunState, run_state
@@ -64,6 +65,8 @@ class Options:
         in_clear: whether the token may be sent over plain HTTP to another machine.
         argv: the command, for the record.
         recorded: whether the address is that of the submission before, and not one that was given.
+        withheld: names of variables that the submission before handed on, and that the user has not agreed to hand on
+            to this cluster.
     """
 
     address: str
@@ -73,6 +76,7 @@ class Options:
     in_clear: bool = False
     argv: tuple[str, ...] = ()
     recorded: bool = False
+    withheld: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,9 @@ def submit(run: Run, options: Options, tell: Callable[[str], None]) -> tuple[Sub
     """
     check_variables(options.address)
     passed = _passed(options.pass_env, tell)
+    for name in options.withheld:
+        tell(f"warning: {name} is not handed on, for only the results folder asks for it; --pass-env {name} does it")
+    name_cluster(options.address, in_clear=options.in_clear, pass_env=options.pass_env)
     jobs = _visited(options)
     if jobs.token is not None and not travels_safely(options.address):
         tell(f"warning: the token travels in clear to {options.address}")
@@ -166,7 +173,7 @@ def await_start(run: Run, submission: Submission, tell: Callable[[str], None]) -
         ClusterError: the cluster went away, or forgot the job.
     """
     jobs, until, told = (
-        Jobs.at(submission.address, in_clear=submission.in_clear),
+        Jobs.recorded(submission.address, in_clear=submission.in_clear),
         time.monotonic() + SECONDS_TO_BEGIN,
         "",
     )
@@ -312,6 +319,7 @@ def again(
         changes: what is said anew.
     Raises:
         UsageError: options of both ways together.
+        NotNamed: only the results folder names the cluster.
     """
     there = address is not None and address.startswith(("http://", "https://"))
     if there and executor is not None:
@@ -324,7 +332,26 @@ def again(
         return None
     plain = plain_address(address) if address is not None else "" if last is None else last.address
     options = Options(plain, argv=tuple(argv), recorded=address is None)
-    if last is not None:  # a token in clear was allowed to that cluster, not to another one
-        in_clear = last.in_clear and plain == last.address
-        options = replace(options, ships=last.ships, pass_env=last.pass_env, in_clear=in_clear)
-    return changes.applied(options)
+    if last is not None:
+        consent = _consent(plain, recorded=address is None)
+        options = replace(
+            options,
+            ships=last.ships,
+            in_clear=last.in_clear and consent.in_clear,
+            pass_env=tuple(name for name in last.pass_env if name in consent.pass_env),
+        )
+    changed = changes.applied(options)
+    if last is not None and changes.pass_env is None:
+        changed = replace(changed, withheld=tuple(name for name in last.pass_env if name not in changed.pass_env))
+    return changed
+
+
+def _consent(address: str, recorded: bool) -> Consent:
+    """What the user agreed to send there; of an address that he names this moment, nothing yet."""
+    try:
+        return consent_to(address)
+    except NotNamed as error:
+        if not recorded:
+            return Consent()
+        error.hint = f"{error.hint}; or --executor ray to go on here"
+        raise

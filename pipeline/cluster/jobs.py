@@ -27,6 +27,7 @@ from urllib.parse import quote
 from layerwise.errors import ClusterError, UsageError
 from layerwise.pipeline.cluster.connection import ADDRESS_VARIABLES, get, same_address, stays_here, unreachable, visit
 from layerwise.pipeline.cluster.tokens import Token
+from layerwise.pipeline.consent import consent_to
 from layerwise.pipeline.doctor.versions import FAULT_OF_OLD_RAY, OLDEST_RAY, installed_version, release
 
 LONGEST_LOG_BYTES = 2**24
@@ -86,9 +87,23 @@ class Jobs:
         visited = visit(address, in_clear=in_clear)
         return cls(address, visited.token, visited.ray_version)
 
+    @classmethod
+    def recorded(cls, address: str, *, in_clear: bool) -> Jobs:
+        """Visit a cluster that a results folder names, as far as the user has agreed to it.
+
+        Args:
+            address: of its dashboard, plain.
+            in_clear: what the folder says; the token travels in clear only if the user says so, too.
+        Raises:
+            NotNamed: he has never named it; nothing is sent there.
+            ClusterError: it cannot be reached, or does not let us in.
+        """
+        consent = consent_to(address)
+        return cls.at(address, in_clear=in_clear and consent.in_clear)
+
     def find(self, job: str) -> Job | None:
         """How a job is; None if the cluster knows none of that id."""
-        status, body = self._ask(f"/api/jobs/{quote(job)}")
+        status, body = self._ask(f"/api/jobs/{quote(job, safe='')}")
         if status == 404:
             return None
         record = self._read(status, body)
@@ -102,12 +117,12 @@ class Jobs:
 
     def log(self, job: str) -> str:
         """What a job has printed; empty if nothing is left of it."""
-        status, body = self._ask(f"/api/jobs/{quote(job)}/logs")
+        status, body = self._ask(f"/api/jobs/{quote(job, safe='')}/logs")
         return "" if status == 404 else str(self._read(status, body).get("logs") or "")
 
     def stop(self, job: str) -> None:
         """Tell a job to end; one that has ended, or that the cluster does not know, is no error."""
-        status, _ = self._ask(f"/api/jobs/{quote(job)}/stop", method="POST")
+        status, _ = self._ask(f"/api/jobs/{quote(job, safe='')}/stop", method="POST")
         if status not in (200, 400, 404):
             raise self._strange(status)
 

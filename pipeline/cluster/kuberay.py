@@ -77,6 +77,7 @@ def manifest(run: Run, pods: Pods) -> str:
     mounts = [{"name": CLAIM, "mountPath": str(folder), "subPath": str(folder).strip("/") or "."} for folder in folders]
     # Not `python`: the command that is installed beside the layerwise of the image is the one that has it.
     command = ["layerwise", "resume", run.id, "--results", str(results), "--executor", "ray", "--address", "auto"]
+    command += ["--trust"] if run.workflow.model.trust else []
     cluster: dict[str, Any] = {
         "rayVersion": version,
         "authOptions": {"mode": "token"},

@@ -57,7 +57,7 @@ class Clusters:
         place = submission.address, submission.in_clear
         if place not in self._known:
             try:
-                self._known[place] = Jobs.at(submission.address, in_clear=submission.in_clear)
+                self._known[place] = Jobs.recorded(submission.address, in_clear=submission.in_clear)
             except ClusterError as error:
                 self._known[place] = error
         known = self._known[place]

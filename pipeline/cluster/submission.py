@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from layerwise.errors import UsageError
+from layerwise.pipeline.cluster.connection import plain_address
 from layerwise.results.durable import publish_file
 
 _LONGEST_ID = 150
@@ -79,23 +82,30 @@ def read_submission(folder: Path, number: int) -> Submission | None:
         record = json.loads(submission_file(folder, number).read_bytes())
         return Submission(
             number=number,
-            job=str(record["job"]),
-            address=str(record["address"]),
+            job=_plain(record["job"], r"[A-Za-z0-9._-]+"),
+            address=plain_address(str(record["address"])),
             argv=_texts(record["argv"]),
             ships=bool(record["ships"]),
             elsewhere=_texts(record["elsewhere"]),
-            pass_env=_texts(record["pass_env"]),
+            pass_env=tuple(_plain(name, r"[A-Za-z_][A-Za-z0-9_]*") for name in record["pass_env"]),
             in_clear=bool(record["in_clear"]),
             submitted_at=datetime.fromisoformat(record["submitted_at"]),
             nonce=str(record["nonce"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
         return None
 
 
 def submission_file(folder: Path, number: int) -> Path:
     """Where the record of a submission stands."""
     return folder / "submissions" / f"{number:04}.json"
+
+
+def _plain(value: Any, pattern: str) -> str:
+    """A word that may stand in a URL or on a terminal, whoever wrote it."""
+    if not re.fullmatch(pattern, value):
+        raise ValueError(f"{value!r} is no plain word")
+    return str(value)
 
 
 def _texts(values: Sequence[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from layerwise.pipeline.commands.options import (
     SetOption,
     ShipOption,
     WaitOption,
+    agree,
     load,
 )
 from layerwise.pipeline.commands.printing import print_outcome
@@ -57,6 +58,7 @@ def submit(
         argv=tuple(sys.argv),
     )
     prepared = Run(load(workflow, param, set_, profile), results.absolute(), open_display())
+    agree(prepared.workflow)
     end_with(hand_over(prepared, options, wait), prepared.store, prepared.id)
 
 

@@ -12,9 +12,12 @@ from layerwise.pipeline.commands.options import (
     TO_READ,
     Format,
     FormatOption,
+    InClearOption,
     OneRunArgument,
+    RecordedOption,
     ResultsOption,
     RunArgument,
+    name_recorded,
     open_store,
 )
 from layerwise.pipeline.commands.printing import print_table
@@ -32,11 +35,18 @@ def runs(results: ResultsOption = RESULTS, format_: FormatOption = "table") -> N
     print_table(checked_runs_table(open_store(results)), format_)
 
 
-def status(run: RunArgument = None, results: ResultsOption = RESULTS, format_: FormatOption = "table") -> None:
+def status(
+    run: RunArgument = None,
+    address: RecordedOption = None,
+    in_clear: InClearOption = False,
+    results: ResultsOption = RESULTS,
+    format_: FormatOption = "table",
+) -> None:
     """Say how every run stands, or how each stage of one run does."""
     from layerwise.pipeline.cluster.terminal import print_how_to_go_on
     from layerwise.pipeline.runs.status import run_state, run_states, runs_status_table, stages_status_table
 
+    name_recorded(address, in_clear)
     store, readable = open_store(results), format_ in TO_READ
     if run is None:
         states = run_states(store)
@@ -56,6 +66,8 @@ def logs(
     ] = False,
     stage: Annotated[str | None, typer.Option(help="only lines about this stage")] = None,
     attempt: Annotated[int | None, typer.Option(help="of which start of the run; the latest if left out")] = None,
+    address: RecordedOption = None,
+    in_clear: InClearOption = False,
     results: ResultsOption = RESULTS,
 ) -> None:
     """Print the log of a run's latest attempt."""
@@ -63,6 +75,7 @@ def logs(
     from layerwise.pipeline.runs.lifecycle import check_stage, find_attempt, read_log
     from layerwise.pipeline.runs.status import run_state
 
+    name_recorded(address, in_clear)
     store = open_store(results)
     state = run_state(store, run)
     if stage is not None:
@@ -79,12 +92,15 @@ def logs(
 def stop(
     run: OneRunArgument,
     timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="how long to wait for its end")] = 60.0,
+    address: RecordedOption = None,
+    in_clear: InClearOption = False,
     results: ResultsOption = RESULTS,
 ) -> None:
     """Stop a run on this machine, or one that was submitted; what is finished is kept."""
     from layerwise.pipeline.cluster.terminal import print_how_to_go_on
     from layerwise.pipeline.runs.lifecycle import stop as stop_run
 
+    name_recorded(address, in_clear)
     store = open_store(results)
     state = stop_run(store, run, timeout)
     if state.status == "ok":

@@ -39,6 +39,10 @@ AddressOption = Annotated[
         help="join a running Ray cluster that sees the same files: auto, host:port or ray://host:port",
     ),
 ]
+RecordedOption = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="a cluster that the results folder names and that you trust: ask it, too"),
+]
 WaitOption = Annotated[
     bool, typer.Option("--wait", help="follow the log, and end with the run's exit code; Ctrl-C leaves it running")
 ]
@@ -86,6 +90,30 @@ def load(path: Path, param: list[str] | None, sets: list[str] | None, profile: s
             raise UsageError(f"-p {text}: expected NAME=VALUE")
         params[name] = value
     return load_workflow(path, params=params, sets=sets or [], profile=profile)
+
+
+def agree(workflow: Workflow) -> None:
+    """Keep what a workflow that the user runs says of trust, so that the run can be resumed."""
+    from layerwise.pipeline.consent import name_model
+
+    if workflow.model.trust:
+        name_model(workflow.model.name)
+
+
+def name_recorded(address: str | None, in_clear: bool) -> None:
+    """Keep that the user names a cluster that a results folder speaks of.
+
+    Raises:
+        UsageError: no address, or one that is none.
+    """
+    from layerwise.errors import UsageError
+    from layerwise.pipeline.cluster.connection import plain_address
+    from layerwise.pipeline.consent import name_cluster
+
+    if address is not None:
+        name_cluster(plain_address(address), in_clear=in_clear)
+    elif in_clear:
+        raise UsageError("--allow-insecure-http: to which cluster?", hint="name it by --address")
 
 
 def open_store(results: Path) -> Store:

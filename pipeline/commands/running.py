@@ -27,6 +27,7 @@ from layerwise.pipeline.commands.options import (
     SetOption,
     ShipOption,
     WaitOption,
+    agree,
     check_executor,
     load,
     open_store,
@@ -61,6 +62,7 @@ def run(
                 for text in plan.notes:
                     print(f"  note: {text}")
             return
+        agree(prepared.workflow)
         _execute(prepared, executor, address=address)
     print_outcome(prepared.store, prepared.id)
 
@@ -82,6 +84,7 @@ def resume(
     ship: ShipOption = None,
     pass_env: PassOption = None,
     in_clear: InClearOption = False,
+    trust: Annotated[bool, typer.Option("--trust", help="let code of the run's model run, if it asks for it")] = False,
 ) -> None:
     """Go on with a run from its own folder; its workflow file is not needed. A submitted run is submitted again."""
     from layerwise.pipeline.cluster.handover import Changes, again
@@ -99,12 +102,14 @@ def resume(
     if options is not None and state.status != "ok":
         from layerwise.pipeline.cluster.terminal import hand_over
 
-        end_with(hand_over(reopen(store, state, open_display()), options, wait), store, state.run)
+        end_with(hand_over(reopen(store, state, open_display(), trust), options, wait), store, state.run)
     with _stoppable():
         if state.status == "ok":
             print(f"run {state.run} is finished already", file=sys.stderr)
         else:
-            _execute(reopen(store, state, open_display()), executor or state.executor, wait=False, address=address)
+            _execute(
+                reopen(store, state, open_display(), trust), executor or state.executor, wait=False, address=address
+            )
     print_outcome(store, state.run)
 
 

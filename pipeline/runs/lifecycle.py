@@ -18,6 +18,7 @@ from layerwise.errors import ClusterError, LayerwiseError, StoreError, UsageErro
 from layerwise.pipeline.cluster.jobs import Jobs
 from layerwise.pipeline.cluster.liveness import Clusters
 from layerwise.pipeline.cluster.submission import Submission, read_submission, submission_numbers
+from layerwise.pipeline.consent import NotNamed, name_model, trusts_model
 from layerwise.pipeline.display import Display
 from layerwise.pipeline.runs.attempt import attempt_numbers, read_attempt
 from layerwise.pipeline.runs.log import log_file
@@ -86,7 +87,7 @@ def stop(store: Store, run: str, timeout: float) -> RunState:
 
 def _stop_job(store: Store, state: RunState, submission: Submission, timeout: float) -> RunState:
     """End a submitted run by Ray's own means, which gives its driver half a minute to end in good order."""
-    jobs, until = Jobs.at(submission.address, in_clear=submission.in_clear), time.monotonic() + timeout
+    jobs, until = Jobs.recorded(submission.address, in_clear=submission.in_clear), time.monotonic() + timeout
     jobs.stop(submission.job)
     while True:
         job, state = jobs.find(submission.job), run_state(store, state.run)
@@ -177,6 +178,8 @@ def follow_log(store: Store, run: str, number: int, stage: str | None = None) ->
         if not ended and time.monotonic() >= next_look:
             try:
                 ended, silent_since = attempt_status(store, run, number, clusters) not in LIVE, None
+            except NotNamed:
+                raise
             except ClusterError:
                 clusters.forget()
                 silent_since = time.monotonic() if silent_since is None else silent_since
@@ -195,7 +198,11 @@ def follow_log(store: Store, run: str, number: int, stage: str | None = None) ->
 def _printed(store: Store, run: str, number: int) -> str:
     """What the job of an attempt has printed, which is all there is of one that ended before its run began."""
     submission = read_submission(store.root / "runs" / run, number)
-    return "" if submission is None else Jobs.at(submission.address, in_clear=submission.in_clear).log(submission.job)
+    return (
+        ""
+        if submission is None
+        else Jobs.recorded(submission.address, in_clear=submission.in_clear).log(submission.job)
+    )
 
 
 def _lines(path: Path, position: int) -> tuple[list[str], int]:
@@ -221,16 +228,18 @@ def _about(line: str, stage: str | None) -> bool:
 # --- resume ---
 
 
-def reopen(store: Store, state: RunState, display: Display) -> Run:
+def reopen(store: Store, state: RunState, display: Display, trust: bool = False) -> Run:
     """A run as its folder has it, to be executed with `wait=False`.
 
     Args:
         store: where the run is.
         state: how it stands.
         display: is told what happens.
+        trust: the user lets code of the run's model run, as the run's workflow asks.
     Raises:
         StoreError: it is at work.
-        UsageError: an older layerwise made it, or its model or texts have changed.
+        UsageError: an older layerwise made it, its model or texts have changed, or it wants to run code of a model that
+            the user has not named as one that he trusts.
         WorkflowError: its model or texts are no longer there.
     """
     if state.live and state.checked:
@@ -245,7 +254,15 @@ def reopen(store: Store, state: RunState, display: Display) -> Run:
     path = store.root / "runs" / state.run / WORKFLOW
     if not path.is_file():
         raise UsageError(f"{path} is missing", hint="run the workflow file again: what is finished is found")
-    run = Run(load_workflow(path), store.root, display)
+    workflow = load_workflow(path)
+    if trust and workflow.model.trust:
+        name_model(workflow.model.name)
+    if workflow.model.trust and not trusts_model(workflow.model.name):
+        raise UsageError(
+            f"run {state.run} lets the model {workflow.model.name} run code of its own, and only its folder says so",
+            hint=f"read that code; then, if you trust it: {resume_command(store, state.run)} --trust",
+        )
+    run = Run(workflow, store.root, display)
     if run.id != state.run:
         raise UsageError(
             f"the model, a text or layerwise has changed since: this would be another run, {run.id}",

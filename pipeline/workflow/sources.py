@@ -37,6 +37,11 @@ class Model:
     dtype: str = "float32"
     trust: bool = False
 
+    @property
+    def name(self) -> str:
+        """The folder or the id."""
+        return str(self.path or self.id)
+
     def resolved(self) -> dict[str, Any]:
         """As it would stand in a file, with nothing left to defaults."""
         source = {"path": str(self.path)} if self.path is not None else {"id": self.id}

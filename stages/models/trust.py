@@ -40,8 +40,13 @@ def loading(folder: Path, trust: bool) -> Iterator[dict[str, Any]]:
         )
     try:
         yield {"local_files_only": True, "trust_remote_code": trust}
-    except ValueError as error:
-        if trust or not any("auto_map" in document for document in documents):
+    except Exception as error:
+        if not any("auto_map" in document for document in documents):
+            raise
+        if trust:  # foreign code raises anything
+            told = f"{type(error).__name__}: {error}"
+            raise UnsupportedModel(f"{folder} cannot be loaded with its own code: {told}") from error
+        if not isinstance(error, ValueError):
             raise
         found = ", ".join(sorted(path.name for path in folder.glob(CODE))) or "`auto_map` names it"
         raise UnsupportedModel(

@@ -380,12 +380,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 @pytest.fixture
 def empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A home folder without a token, and no variable of Ray or of a proxy, whoever runs the tests."""
+    """A home folder without a token or settings, and no variable of Ray or of a proxy, whoever runs the tests."""
     for name in [name for name in os.environ if name.startswith("RAY_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CONFIG_HOME")
     return home
 
 

@@ -13,6 +13,7 @@ import pytest
 from layerwise.pipeline.cluster import handover, jobs, shipping
 from layerwise.pipeline.cluster.jobs import Jobs
 from layerwise.pipeline.cluster.submission import read_submission
+from layerwise.pipeline.consent import name_cluster
 from layerwise.pipeline.runs import lifecycle
 from layerwise.results.store import Store
 
@@ -255,6 +256,7 @@ def test_a_resume_to_a_cluster_that_is_gone_says_how_to_name_another_place(
     cluster.jobs[job]["status"] = "STOPPED"
     record = results / "runs" / run / "submissions" / "0001.json"
     record.write_text(record.read_text().replace(cluster.address, GONE))
+    name_cluster(GONE)
     elsewhere = "; or --address URL for another cluster, --executor ray to go on here"
     lost = layerwise("resume", run)
     assert lost.code == 5

@@ -46,7 +46,7 @@ def ray_says(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise ClusterError(f"{address} cannot be reached")
             return cast(Jobs, FakeJobs(said))
 
-        monkeypatch.setattr(Jobs, "at", at)
+        monkeypatch.setattr(Jobs, "recorded", at)
         return visits
 
     return say
