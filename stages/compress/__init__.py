@@ -34,6 +34,8 @@ COMPRESSORS = {
     "gptq_sequential": "layerwise.stages.compress.gptq_sequential:gptq_sequential",
     "awq": "layerwise.stages.compress.awq:awq",
     "learned_rounding": "layerwise.stages.compress.learned_rounding:learned_rounding",
+    "trellis": "layerwise.stages.compress.trellis:trellis",
+    "trellis_nearest": "layerwise.stages.compress.trellis_nearest:trellis_nearest",
     "magnitude": "layerwise.stages.compress.magnitude:magnitude",
     "drop": "layerwise.stages.compress.drop:drop",
 }

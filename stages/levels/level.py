@@ -27,6 +27,7 @@ ENCODINGS = {
     "grid": "layerwise.stages.levels.grid:Grid",
     "mask": "layerwise.stages.levels.mask:Mask",
     "masked_grid": "layerwise.stages.levels.masked_grid:MaskedGrid",
+    "trellis": "layerwise.stages.levels.trellis:Trellis",
     "keep": "layerwise.stages.levels.parent:Keep",
     "drop": "layerwise.stages.levels.parent:Drop",
 }

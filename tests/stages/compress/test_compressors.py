@@ -25,6 +25,11 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"bits": [2, 4, 8], "group_size": 8, "steps": 10, "batch_size": 2},
         {"bits": [3], "group_size": 7, "steps": 10, "sym": False},
     ],
+    "trellis": [
+        {"bits": [1, 2, 3, 4], "state_bits": 10},
+        {"bits": [1.5, 2.5], "state_bits": 10, "columns": 3, "scales": "row", "seed": 2},
+    ],
+    "trellis_nearest": [{"bits": [1, 2.5, 4], "state_bits": 10}],
     "magnitude": [{"sparsity": [0.25, 0.5, 0.75]}],
     "drop": [{}, {"units": ["attention", "mlp", "block"]}],
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerwise.kernels.trellis_code import Tiles
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.grid import grid_level
 from layerwise.stages.levels.level import ENCODINGS, Level
@@ -17,6 +18,7 @@ from layerwise.stages.levels.mask import mask_level
 from layerwise.stages.levels.masked_grid import masked_grid_level
 from layerwise.stages.levels.parent import parent_level
 from layerwise.stages.levels.scales import WHOLE, Scales, quantized_scales
+from layerwise.stages.levels.trellis import trellis_level
 from layerwise.testing import Promise, encoding_promises
 
 ROWS, COLUMNS = 5, 21  # odd, so that words and bytes are padded
@@ -55,6 +57,19 @@ def grids() -> Iterator[tuple[str, dict[str, object], Tensor, dict[str, Tensor |
         yield name, recipe, codes, {"scale": scale, "zero": zero, "group": group, "input_scale": input_scale}
 
 
+def trellises(keep: Tensor) -> Iterator[Level]:
+    """Whole bits and others, tiles of one column and ragged ones, a scale or many, turned or pruned."""
+    generator = torch.Generator().manual_seed(2)
+    for bits, width, scales, seed in [(1, 16, 1, 0), (2.5, 1, ROWS, 3), (3.125, 4, 1, None), (4, 256, ROWS, None)]:
+        tiles = Tiles(ROWS, COLUMNS, width, bits, 12)
+        size = sum(band.sequences * band.size_bytes for band in tiles.bands())
+        stream = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
+        recipe = {"method": "made up", "bits": bits, "state_bits": 12, "columns": width, "seed": seed}
+        scale = torch.rand(scales, generator=generator)
+        mask = keep if seed is None else None
+        yield trellis_level(f"{bits}b-c{width}", recipe, (ROWS, COLUMNS), stream, scale=scale, keep=mask)
+
+
 def levels() -> dict[str, list[Level]]:
     keep = weight() > 0.3
     found: dict[str, list[Level]] = {name: [] for name in ENCODINGS}
@@ -68,6 +83,7 @@ def levels() -> dict[str, list[Level]]:
             found["mask"].append(
                 mask_level(f"{dtype}-{share:.2f}", {"method": "made up", "sparsity": share}, weight(dtype), mask)
             )
+    found["trellis"] = list(trellises(keep))
     return found | {name: [parent_level(name)] for name in ("keep", "drop")}
 
 

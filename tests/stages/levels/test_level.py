@@ -21,6 +21,7 @@ from layerwise.stages.levels.level import ENCODINGS, Level, find_encoding
 from layerwise.stages.levels.mask import kept, mask_level, pack_mask, unpack_mask
 from layerwise.stages.levels.masked_grid import masked_grid_level
 from layerwise.stages.levels.parent import parent_level
+from layerwise.stages.levels.trellis import trellis_level
 
 
 def random_grid(
@@ -205,6 +206,13 @@ def examples() -> dict[str, Level]:
         "grid": grid,
         "mask": mask_level("mask", {"method": "any", "sparsity": 0.5}, weight, keep),
         "masked_grid": masked_grid_level("masked", recipe, codes, keep=keep, scale=scale, zero=zero),
+        "trellis": trellis_level(
+            "coded",
+            {"method": "any", "bits": 2, "state_bits": 12, "columns": 24, "seed": 0},
+            (6, 24),
+            torch.randint(0, 256, (6 * 24 * 2 // 8,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8),
+            scale=torch.ones(1),
+        ),
         "keep": parent_level("keep"),
         "drop": parent_level("drop"),
     }
@@ -237,7 +245,7 @@ def test_bytes_are_those_of_the_tensors_in_the_file_and_a_level_comes_back_from_
 
 
 def test_an_encoding_of_another_version_is_named() -> None:
-    level = Level("new", {"encoding": "trellis"}, (1, 1), {})
-    with pytest.raises(UsageError, match="unknown encoding 'trellis'") as caught:
+    level = Level("new", {"encoding": "lattice"}, (1, 1), {})
+    with pytest.raises(UsageError, match="unknown encoding 'lattice'") as caught:
         level.decode()
     assert "another version of layerwise" in (caught.value.hint or "")
