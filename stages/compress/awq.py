@@ -43,7 +43,7 @@ class Params(GridParams):
 
     def fallback(self) -> rtn.Params:
         """Rounding to nearest, on the same grid."""
-        return rtn.Params(bits=self.bits, group_size=self.group_size, sym=self.sym)
+        return rtn.Params.model_validate(self.model_dump(include={"bits", "group_size", "sym"}))
 
 
 def awq(task: Task, params: Params) -> Mapping[str, list[Level]]:

@@ -2,31 +2,33 @@
 
 All bit-widths of a unit come from one factorisation and go through one loop over the columns, side by side, because its
 many small steps cost less together than one after another. Everything is in float64, so that neither the order in which
-a machine adds up nor the blocking turns one code into another; that takes twice the time of float32. Measured for
-1024 × 4096 and six bit-widths, on one CPU thread of a 2-core machine: 7.5 s, of which 2.5 s for the factorisation (one
-bit-width: 4.6 s). More threads help little with such small steps, and on busy cores they harm.
+a machine adds up nor the blocking turns one code into another; that takes twice the time of float32, in which
+GPUs work. Times: `benchmarks/results/quantization.md`.
 
 Three differences from the published code, none in the method:
 - The factor U with UᵀU = H⁻¹ comes from one Cholesky factorisation, of H with rows and columns reversed, and one
   triangular inverse; no H⁻¹ is formed and factored again.
-- A group's grid is fitted to weights that carry *every* earlier correction. The published code leaves out those of the
-  current block of 128 columns, which matters when a group is smaller than a block.
+- Without static order, a group's grid is fitted to weights that carry *every* earlier correction. The published code
+  leaves out those of the current block of 128 columns. By minimum and maximum that is now and then the better of the
+  two, where groups are small; with the grids that are the default here it never was.
 - If the factorisation fails, damping rises in steps of 0.01, as GPTQModel does it; the recipe keeps what was used.
 
-Left out: grids found by search. Inputs of the already compressed block: `gptq_sequential`.
+The defaults (static order, grids by Hessian-weighted search) are those of `benchmarks/results/quantization.md`. Inputs
+of the already compressed block: `gptq_sequential`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, rtn
-from layerwise.stages.compress.grid import GridParams, check_finite, dequantize, fit, grid_or_masked, quantize
+from layerwise.stages.compress.grid import StoredGridParams, check_finite, dequantize, fit, grid_or_masked, quantize
+from layerwise.stages.levels.scales import WHOLE, Scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,11 +36,14 @@ if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
 
 DAMP_STEP = 0.01
+LEAF = 8
+"""Columns that are corrected one by one; more are halved, and one half corrects the other by a matrix product."""
+
 MAX_ELEMENTS = 1 << 24
 """Weights, times bit-widths, that are worked on at a time: 128 MiB in float64. Rows do not depend on each other."""
 
 
-class Params(GridParams):
+class Params(StoredGridParams):
     """Grid, damping, order."""
 
     method: Literal["gptq"] = "gptq"
@@ -50,10 +55,15 @@ class Params(GridParams):
         description="share of the Hessian's mean diagonal that is added to its diagonal",
     )
     desc_act: bool | Literal["static"] = Field(
-        False,
+        "static",
         validation_alias=AliasChoices("desc_act", "act_order"),
-        description="true: columns with large activations first, groups formed in that order, and stored; "
-        "static: the same order, but groups and their grids as without it",
+        description="static: columns with large activations first, but groups of neighbours, whose grids are fitted "
+        "beforehand; true: the same order, groups formed in it, and stored; false: columns in their order",
+    )
+    grid: Literal["minmax", "mse", "hessian"] = Field(
+        "hessian",
+        description="minmax: from the least to the greatest weight of a group; mse: the range of least squared error; "
+        "hessian: the same with each column weighed by what an error in it costs",
     )
     block_size: int = Field(
         128, ge=1, description="columns between updates of all later ones; changes the speed, not the result"
@@ -61,13 +71,21 @@ class Params(GridParams):
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
+    @model_validator(mode="after")
+    def _known_beforehand(self) -> Self:
+        if self.scale_bits != WHOLE and self.desc_act != "static":
+            raise ValueError("scale_bits below 16 need grids that are fitted beforehand: desc_act: static")
+        return self
+
     def _name_suffixes(self) -> list[str]:
-        order = {False: [], True: ["act"], "static": ["static"]}[self.desc_act]
-        return [*order, *([] if self.damp_percent == 0.01 else [f"damp{self.damp_percent:g}"])]
+        order = {False: ["inorder"], True: ["act"], "static": []}[self.desc_act]
+        damping = [] if self.damp_percent == 0.01 else [f"damp{self.damp_percent:g}"]
+        return [*super()._name_suffixes(), *order, *([] if self.grid == "hessian" else [self.grid]), *damping]
 
     def fallback(self) -> rtn.Params:
         """Rounding to nearest, on the same grid."""
-        return rtn.Params(bits=self.bits, group_size=self.group_size, sym=self.sym)
+        shared = self.model_dump(include=set(StoredGridParams.model_fields) - {"method"})
+        return rtn.Params.model_validate(shared | {"grid": "minmax" if self.grid == "minmax" else "mse"})
 
 
 def gptq(task: Task, params: Params) -> Mapping[str, list[Level]]:
@@ -97,22 +115,22 @@ def quantized(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor |
     """
     check_finite("weight", weight)
     check_finite("Hessian", hessian)
-    W, H = weight.detach().double().T.clone(), hessian.detach().double().clone()  # W: (in, out), a row per column
+    import torch
+
+    dtype = torch.float32 if weight.is_cuda else torch.float64
+    W, H = weight.detach().to(dtype).T.clone(), hessian.detach().to(weight.device, dtype, copy=True)
     dead = H.diagonal() == 0
     if dead.all():
         raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
     H.diagonal()[dead] = 1  # inputs that are always zero: their weights are free, and become zero
     W[dead] = 0
 
-    plan = _plan(H, params)
+    plan = _plan(H, len(weight), params)
     U, damp_percent_used = inverse_factor(H[plan.order][:, plan.order], params.damp_percent)
-    codes, scale, zero = _quantize_rows(W[plan.order], U, plan, params, None if keep is None else keep.T[plan.order])
-    codes = codes[plan.order.argsort()]
+    made = _quantize_rows(W[plan.order], U, plan, params, None if keep is None else keep.T[plan.order])
     recipe = {
-        "method": params.method,
-        "group_size": params.group_size,
-        "sym": params.sym,
         "desc_act": params.desc_act,
+        "grid": params.grid,
         "damp_percent": params.damp_percent,
         "damp_percent_used": damp_percent_used,
         "block_size": params.block_size,
@@ -120,10 +138,10 @@ def quantized(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor |
     return [
         grid_or_masked(
             name,
-            recipe | {"bits": bits},
-            codes[:, b].T,
-            scale=scale[:, b].T,
-            zero=zero[:, b].T,
+            params.grid_recipe(bits) | recipe,
+            made.codes[plan.order.argsort(), b].T,
+            scale=made.scales[b],
+            zero=made.zeros[b],
             group=plan.stored_groups,
             keep=keep,
         )
@@ -133,14 +151,17 @@ def quantized(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor |
 
 @dataclass(frozen=True)
 class _Plan:
-    """In which order columns are quantized, and which of them share a grid.
+    """In which order columns are quantized, and which of them share grids.
+
+    Along outputs a column shares its grids with no other, and has several of them.
 
     Args:
         order: (in,), the columns.
         members: for each group, the positions in that order that it covers.
-        fits: the groups whose grids are fitted just before a position.
+        fits: by position, the groups whose grids are fitted just before it; empty if all are fitted beforehand.
         group_size: what blocks must not cut a group by; 1 if all grids are fitted beforehand.
         stored_groups: (in,), the group of each column, if a reader cannot know it.
+        rows: along outputs, those that share a grid; else None.
     """
 
     order: Tensor
@@ -148,24 +169,33 @@ class _Plan:
     fits: dict[int, list[int]]
     group_size: int
     stored_groups: Tensor | None = None
+    rows: int | None = None
+
+    @property
+    def beforehand(self) -> bool:
+        """Whether all grids are fitted to the weights as they were."""
+        return not self.fits
 
 
-def _plan(H: Tensor, params: Params) -> _Plan:
+def _plan(H: Tensor, rows: int, params: Params) -> _Plan:
     import torch
 
     columns = len(H)
+    in_order = torch.arange(columns, device=H.device)
+    order = in_order if params.desc_act is False else H.diagonal().argsort(descending=True, stable=True)
+    if params.along_outputs:
+        single: list[slice | Tensor] = [slice(j, j + 1) for j in range(columns)]
+        fits = {} if params.desc_act == "static" else {j: [j] for j in range(columns)}
+        return _Plan(order, single, fits, 1, rows=params.columns_per_group(rows))
     size = params.columns_per_group(columns)
     starts = range(0, columns, size)
     groups = [slice(start, min(start + size, columns)) for start in starts]
-    at_their_start = {start: [g] for g, start in enumerate(starts)}
-    if params.desc_act is False:
-        return _Plan(torch.arange(columns, device=H.device), list(groups), at_their_start, size)
-    order = H.diagonal().argsort(descending=True, stable=True)
     position = order.argsort()
     if params.desc_act == "static":
-        return _Plan(order, [position[group] for group in groups], {0: list(range(len(groups)))}, 1)
+        return _Plan(order, [position[group] for group in groups], {}, 1)
     # One group needs no index: every column is in it.
-    return _Plan(order, list(groups), at_their_start, size, position // size if len(groups) > 1 else None)
+    index = position // size if params.desc_act is True and len(groups) > 1 else None
+    return _Plan(order, list(groups), {start: [g] for g, start in enumerate(starts)}, size, index)
 
 
 def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
@@ -195,25 +225,107 @@ def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     raise NotFinite("the Hessian is not positive definite, whatever the damping", hint="calibrate again")
 
 
-def _quantize_rows(
-    W: Tensor, U: Tensor, plan: _Plan, params: Params, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_quantize`, for as many rows of the weight at a time as memory allows; they do not depend on each other."""
+@dataclass(frozen=True)
+class _Made:
+    """Codes (in, bit-widths, out) uint8 in the plan's order, and by bit-width scales and zero points as of a level."""
+
+    codes: Tensor
+    scales: list[Tensor | Scales]
+    zeros: list[Tensor]
+
+
+def _quantize_rows(W: Tensor, U: Tensor, plan: _Plan, params: Params, keep: Tensor | None) -> _Made:
+    """`_quantize`, for as many rows of the weight at a time as memory allows; they do not depend on each other.
+
+    Along outputs those that share a grid stay together.
+    """
     import torch
 
+    grids = _Grids(W.shape[1], U, plan, params)
+    if plan.beforehand:
+        grids.fit_all(W if keep is None else W * keep)
     rows = max(1, MAX_ELEMENTS // (len(W) * len(params.bits)))
-    kept = [None] * len(range(0, W.shape[1], rows)) if keep is None else torch.split(keep, rows, dim=1)
-    parts = [
-        _quantize(part, U, plan, params, part_kept)
-        for part, part_kept in zip(torch.split(W, rows, dim=1), kept, strict=True)
+    if plan.rows is not None:
+        rows = max(plan.rows, rows - rows % plan.rows)
+    codes = [
+        _quantize(W, U, plan, params, keep, grids, slice(start, start + rows)) for start in range(0, W.shape[1], rows)
     ]
-    codes, scale, zero = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    return codes, scale, zero
+    lines = [grids.lines(b) for b in range(len(params.bits))]
+    scales = grids.stored or [scale for scale, _ in lines]
+    return _Made(torch.cat(codes, dim=2), scales, [zero for _, zero in lines])
+
+
+class _Grids:
+    """The grids of all groups, of every bit-width.
+
+    Args:
+        rows: of the weight.
+        U, plan, params: as of `_quantize`.
+    Attributes:
+        scale, zero: (groups, bit-widths, out).
+        stored: by bit-width, if they are stored as anything else.
+    """
+
+    def __init__(self, rows: int, U: Tensor, plan: _Plan, params: Params) -> None:
+        self._plan, self._params = plan, params
+        self._importance = U.diagonal() ** -2  # eq. 2: what an error costs once the columns to come made up for it
+        self.scale = U.new_empty((len(plan.members), len(params.bits), rows))
+        self.zero = U.new_empty(self.scale.shape)
+        self.stored: list[Tensor | Scales] = []
+
+    def fit(self, g: int, members: Tensor, rows: slice) -> None:
+        """Fit those of one group to its weights, (size, bit-widths, some rows)."""
+        for b, bits in enumerate(self._params.bits):
+            found = self._fitted(members[:, b], bits, self._importance[self._plan.members[g]])
+            self.scale[g, b, rows], self.zero[g, b, rows] = found
+
+    def fit_all(self, W: Tensor) -> None:
+        """Fit all to the weights (in, out), and make of them what will be stored."""
+        for g, part in enumerate(self._plan.members):
+            self.fit(g, W[part][:, None].expand(-1, len(self._params.bits), -1), slice(None))
+        if self._params.scale_bits == WHOLE:
+            return
+        for b, bits in enumerate(self._params.bits):
+            scales, scale, zero = self._params.stored(*self.lines(b), bits)
+            self.stored.append(scales)
+            self.scale[:, b], self.zero[:, b] = self._of_lines(scale), self._of_lines(zero)
+
+    def lines(self, b: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of one bit-width as a level has them, (lines, groups)."""
+        if self._plan.rows is None:
+            return self.scale[:, b].T, self.zero[:, b].T
+        back = self._plan.order.argsort()
+        return self.scale[back, b, :: self._plan.rows], self.zero[back, b, :: self._plan.rows]
+
+    def _of_lines(self, part: Tensor) -> Tensor:
+        """Undo `lines`, for one of the two."""
+        if self._plan.rows is None:
+            return part.T
+        return part[self._plan.order].repeat_interleave(self._plan.rows, 1)[:, : self.scale.shape[2]]
+
+    def _fitted(self, members: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
+        from torch.nn.functional import pad
+
+        from layerwise.stages.compress.grid_search import search
+
+        params, rows = self._params, members.shape[1]
+        shared = self._plan.rows
+        if shared is not None:  # one column: its groups are runs of rows, filled up with zeros, which change no grid
+            members = pad(members, (0, -rows % shared)).view(-1, shared).T
+        if params.grid == "minmax":
+            scale, zero = fit(members.amin(0), members.amax(0), 2**bits - 1, params.sym)
+        else:
+            weigh = importance if params.grid == "hessian" and shared is None else None
+            signed = params.scale_bits == WHOLE
+            scale, zero = search(members, bits, sym=params.sym, importance=weigh, signed=signed)
+        if shared is None:
+            return scale, zero
+        return scale.repeat_interleave(shared)[:rows], zero.repeat_interleave(shared)[:rows]
 
 
 def _quantize(
-    weight: Tensor, U: Tensor, plan: _Plan, params: Params, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor, U: Tensor, plan: _Plan, params: Params, keep: Tensor | None, grids: _Grids, rows: slice
+) -> Tensor:
     """GPTQ's recursion, for all bit-widths side by side.
 
     Columns of the weight are rows here, so that each is contiguous.
@@ -222,8 +334,10 @@ def _quantize(
         weight: (in, out), columns in the plan's order.
         U: (in, in), from `inverse_factor`, in the same order.
         keep: (in, out) bool in the same order: weights that are not pruned.
+        grids: those that were not fitted beforehand are fitted here.
+        rows: of the weight, which are worked on.
     Returns:
-        codes (in, bit-widths, out) uint8, scale and zero (groups, bit-widths, out).
+        codes (in, bit-widths, rows) uint8.
     Source: GPTQ, arXiv:2210.17323, algorithm 1. Its outer loop is over blocks, `err` is its E, U its (H⁻¹) after the
         Cholesky factorisation.
     """
@@ -231,32 +345,52 @@ def _quantize(
 
     columns = len(weight)
     max_code = torch.tensor([[2**bits - 1] for bits in params.bits], dtype=weight.dtype, device=weight.device)
-    W = weight[:, None, :].repeat(1, len(params.bits), 1)
-    kept = None if keep is None else keep[:, None, :].to(W.dtype)
+    W = weight[:, None, rows].repeat(1, len(params.bits), 1)
+    kept = None if keep is None else keep[:, None, rows].to(W.dtype)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    scale = W.new_empty((len(plan.members), *W.shape[1:]))
-    zero = torch.empty_like(scale)
     group_of = torch.empty(columns, dtype=torch.long, device=W.device)
     for g, members in enumerate(plan.members):
         group_of[members] = g
     groups = group_of.tolist()
-
+    scale, zero = grids.scale[..., rows], grids.zero[..., rows]
     flat = W.view(columns, -1)  # the same memory: a column of every bit-width and row
+
+    def column(j: int) -> Tensor:
+        for g in plan.fits.get(j, ()):
+            members = plan.members[g]
+            grids.fit(g, W[members] if kept is None else W[members] * kept[members], rows)
+        g = groups[j]
+        codes[j] = q = quantize(W[j], scale[g], zero[g], max_code)
+        Q = dequantize(q, scale[g], zero[g]) if kept is None else dequantize(q, scale[g], zero[g]) * kept[j]
+        return ((W[j] - Q) / U[j, j]).view(-1)  # E = (W - Q) / [H⁻¹]_jj
+
+    def halves(err: Tensor, start: int, end: int) -> None:
+        """Columns start to end - 1, and what they leave to each other: W -= E [H⁻¹]_j, within the block."""
+        if end - start <= LEAF:
+            for j in range(start, end):
+                err[j - start] = column(j)
+                flat[j + 1 : end].addr_(U[j, j + 1 : end], err[j - start], alpha=-1)
+            return
+        middle = _middle(start, end, plan.group_size)
+        halves(err[: middle - start], start, middle)
+        flat[middle:end].addmm_(U[start:middle, middle:end].T, err[: middle - start], alpha=-1)
+        halves(err[middle - start :], middle, end)
+
     for start, end in _blocks(columns, params.block_size, plan.group_size):
         err = torch.empty_like(flat[start:end])
-        for j in range(start, end):
-            for g in plan.fits.get(j, ()):
-                members = W[plan.members[g]] if kept is None else W[plan.members[g]] * kept[plan.members[g]]
-                scale[g], zero[g] = fit(members.amin(0), members.amax(0), max_code, params.sym)
-            g = groups[j]
-            codes[j] = q = quantize(W[j], scale[g], zero[g], max_code)
-            Q = dequantize(q, scale[g], zero[g]) if kept is None else dequantize(q, scale[g], zero[g]) * kept[j]
-            err[j - start] = ((W[j] - Q) / U[j, j]).view(-1)  # E = (W - Q) / [H⁻¹]_jj
-            flat[j + 1 : end].addr_(U[j, j + 1 : end], err[j - start], alpha=-1)  # W -= E [H⁻¹]_j, within the block
+        halves(err, start, end)
         flat[end:].addmm_(U[start:end, end:].T, err, alpha=-1)  # and beyond it
     if not W.isfinite().all():
         raise NotFinite("the corrections of GPTQ overflow: the Hessian is close to singular", hint="raise damp_percent")
-    return codes, scale, zero
+    return codes
+
+
+def _middle(start: int, end: int, group_size: int) -> int:
+    """Where to halve some columns: where a group starts, if one does."""
+    middle = (start + end) // 2
+    if group_size >= end - start:
+        return middle
+    return max(middle - middle % group_size, start + group_size - start % group_size)
 
 
 def _blocks(columns: int, block_size: int, group_size: int) -> Iterator[tuple[int, int]]:

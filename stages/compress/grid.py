@@ -5,18 +5,18 @@ made of it. A weight is (code - zero) · scale. Scales are rounded to float16 *b
 level decodes to exactly the values that the method saw. Everything is computed in the dtype of what comes in; the
 methods use float64, where two ways of ordering the same sum practically never round to different codes.
 
-Left out: searching for a smaller range than minimum to maximum, and non-uniform grids.
+Smaller ranges than minimum to maximum: `grid_search`. Left out: non-uniform grids.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, field_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry
-from layerwise.stages.levels.scales import nearest_float16
+from layerwise.stages.levels.scales import WHOLE, Scales, nearest_float16, quantized_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,58 @@ class GridParams(MenuEntry):
         return columns if self.group_size == -1 else min(self.group_size, columns)
 
 
+class StoredGridParams(GridParams):
+    """How grids are laid over a weight and stored; for methods that take any grid."""
+
+    group_along: Literal["inputs", "outputs"] = Field(
+        "inputs",
+        description="weights that share one scale: neighbours in a row of the weight, which belong to one output, or "
+        "in a column, which belong to one input",
+    )
+    scale_bits: Literal[4, 5, 6, 7, 8, 16] = Field(
+        16, description="of each group's scale; below 16 it is quantized, under a float16 scale of several groups"
+    )
+    scale_group: int = Field(
+        -1, ge=-1, description="groups under one float16 scale, -1 for all of a row; only with `scale_bits` below 16"
+    )
+
+    @field_validator("scale_group")
+    @classmethod
+    def _some_groups(cls, scale_group: int) -> int:
+        if scale_group == 0:
+            raise ValueError("must be at least 1, or -1 for all groups of a row")
+        return scale_group
+
+    @property
+    def along_outputs(self) -> bool:
+        """Whether a line of groups is a column of the weight."""
+        return self.group_along == "outputs"
+
+    def _name_suffixes(self) -> list[str]:
+        above = "" if self.scale_group == -1 else f"x{self.scale_group}"
+        scales = [] if self.scale_bits == WHOLE else [f"s{self.scale_bits}{above}"]
+        return [*(["out"] if self.along_outputs else []), *scales]
+
+    def grid_recipe(self, bits: int) -> dict[str, Any]:
+        """What every level says of its grid."""
+        recipe: dict[str, Any] = {"method": self.method, "bits": bits, "group_size": self.group_size, "sym": self.sym}
+        return recipe | ({"group_along": self.group_along} if self.along_outputs else {})
+
+    def stored(self, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor | Scales, Tensor, Tensor]:
+        """Fitted grids as they will be stored.
+
+        Args:
+            scale, zero: (lines, groups).
+        Returns:
+            the scales to store, their values, and zero points for these, both (lines, groups).
+        """
+        if self.scale_bits == WHOLE:
+            return scale, scale, zero
+        scales = quantized_scales(scale, self.scale_bits, self.scale_group)
+        values = scales.values()
+        return scales, values, zero if self.sym else clamp_codes((zero * scale / values).round(), 2**bits - 1)
+
+
 def fit(low: Tensor, high: Tensor, max_code: Tensor | int, sym: bool) -> tuple[Tensor, Tensor]:
     """Fit one grid to each range of weights.
 
@@ -122,7 +174,7 @@ def grid_or_masked(
     recipe: dict[str, Any],
     codes: Tensor,
     *,
-    scale: Tensor,
+    scale: Tensor | Scales,
     zero: Tensor,
     group: Tensor | None = None,
     keep: Tensor | None = None,

@@ -69,7 +69,7 @@ class Params(GridParams):
 
     def fallback(self) -> rtn.Params:
         """Rounding to nearest: where learning starts, but for the signs of symmetric scales."""
-        return rtn.Params(bits=self.bits, group_size=self.group_size, sym=self.sym)
+        return rtn.Params.model_validate(self.model_dump(include={"bits", "group_size", "sym"}))
 
 
 def learned_rounding(task: Task, params: Params) -> Mapping[str, list[Level]]:

@@ -1,6 +1,7 @@
 """`rtn`: round every weight to the nearest point of its group's grid.
 
-The baseline that needs no data. It shares its grid with GPTQ, and with a diagonal Hessian both give the same codes.
+The baseline that needs no data. It shares its grids with GPTQ; with those by minimum and maximum, a diagonal Hessian
+gives both the same codes.
 """
 
 from __future__ import annotations
@@ -8,17 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from layerwise.stages.compress import Task
-from layerwise.stages.compress.grid import GridParams, check_finite, fit, grid_or_masked, quantize
+from layerwise.stages.compress.grid import StoredGridParams, check_finite, fit, grid_or_masked, quantize
+from layerwise.stages.levels.scales import WHOLE
 
 if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
 
 
-class Params(GridParams):
-    """Bits, group size, symmetry."""
+class Params(StoredGridParams):
+    """Bits, group size, symmetry, how grids are found and stored."""
 
     method: Literal["rtn"] = "rtn"
+    grid: Literal["minmax", "mse"] = Field(
+        "minmax", description="minmax: from the least to the greatest weight; mse: the range of least squared error"
+    )
+
+    def _name_suffixes(self) -> list[str]:
+        return [*super()._name_suffixes(), *([] if self.grid == "minmax" else [self.grid])]
 
 
 def rtn(task: Task, params: Params) -> Mapping[str, list[Level]]:
@@ -31,17 +41,27 @@ def rtn(task: Task, params: Params) -> Mapping[str, list[Level]]:
     """
     from torch.nn.functional import pad
 
+    from layerwise.stages.compress.grid_search import search
+
     weight = task.weights[task.unit]
     check_finite("weight", weight)
-    rows, columns = weight.shape
-    group_size = params.columns_per_group(columns)
+    lines = weight.detach().double()
+    lines = lines.T if params.along_outputs else lines
+    count, length = lines.shape
+    group_size = params.columns_per_group(length)
     # Zeros fill up the last group. They change no grid, because the range of every grid contains zero.
-    W = pad(weight.detach().double(), (0, -columns % group_size)).view(rows, -1, group_size)
+    W = pad(lines, (0, -length % group_size)).reshape(count, -1, group_size)
     levels = []
     for name, bits in zip(params.level_names(), params.bits, strict=True):
         max_code = 2**bits - 1
-        scale, zero = fit(W.amin(2), W.amax(2), max_code, params.sym)
-        codes = quantize(W, scale[..., None], zero[..., None], max_code).view(rows, -1)[:, :columns]
-        recipe = {"method": "rtn", "bits": bits, "group_size": params.group_size, "sym": params.sym}
-        levels.append(grid_or_masked(name, recipe, codes, scale=scale, zero=zero, keep=task.keep.get(task.unit)))
+        if params.grid == "minmax":
+            scale, zero = fit(W.amin(2), W.amax(2), max_code, params.sym)
+        else:
+            scale, zero = search(W.movedim(2, 0), bits, sym=params.sym, signed=params.scale_bits == WHOLE)
+        scales, scale, zero = params.stored(scale, zero, bits)
+        codes = quantize(W, scale[..., None], zero[..., None], max_code).view(count, -1)[:, :length]
+        codes = codes.T if params.along_outputs else codes
+        keep = task.keep.get(task.unit)
+        recipe = params.grid_recipe(bits) | {"grid": params.grid}
+        levels.append(grid_or_masked(name, recipe, codes, scale=scales, zero=zero, keep=keep))
     return {task.unit: levels}

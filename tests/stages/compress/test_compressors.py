@@ -12,12 +12,17 @@ from layerwise.testing import Promise, compressor_promises
 
 MENUS: dict[str, list[dict[str, Any]]] = {
     "dense": [{}],
-    "rtn": [{"bits": [2, 4, 8], "group_size": 8}, {"bits": 3, "group_size": -1, "sym": False}],
+    "rtn": [
+        {"bits": [2, 4, 8], "group_size": 8},
+        {"bits": 3, "group_size": -1, "sym": False, "grid": "mse"},
+        {"bits": [3], "group_size": 2, "group_along": "outputs", "scale_bits": 6, "scale_group": 2},
+    ],
     "gptq": [
         {"bits": [2, 4, 8], "group_size": 8},
         {"bits": 3, "group_size": -1, "sym": False, "desc_act": True},
         {"bits": [3, 5], "group_size": 7, "desc_act": True},
-        {"bits": [3, 5], "group_size": 7, "desc_act": "static", "sym": False},
+        {"bits": [3, 5], "group_size": 7, "desc_act": False, "sym": False, "grid": "mse"},
+        {"bits": [3, 5], "group_size": 4, "sym": False, "scale_bits": 4, "group_along": "outputs"},
     ],
     "gptq_sequential": [{"bits": [2, 4, 8], "group_size": 8}],
     "awq": [{"bits": [2, 4, 8], "group_size": 8}, {"bits": 3, "group_size": 7, "sym": False, "grid_points": 5}],

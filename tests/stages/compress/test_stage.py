@@ -193,9 +193,8 @@ def test_an_expert_that_few_tokens_reached_gets_its_levels_from_the_fallback(
     ]  # fmt: skip
     levels = bench.run("compress", {"menu": menu, "least_tokens": least}, statistics=stats.out)
     database = Database(levels.out, bench.model)
-    plain = Database(
-        bench.run("compress", {"menu": [{"method": "rtn", "bits": [2, 4], "group_size": 16}]}).out, bench.model
-    )
+    nearest = {"method": "rtn", "bits": [2, 4], "group_size": 16, "grid": "mse"}
+    plain = Database(bench.run("compress", {"menu": [nearest]}).out, bench.model)
     few = {name for name, count in experts.items() if count < least}
     assert 0 < len(few) < len(experts)
     for row in levels.rows["levels"]:
@@ -208,7 +207,7 @@ def test_an_expert_that_few_tokens_reached_gets_its_levels_from_the_fallback(
     for unit in few:
         for bits in (2, 4):
             found = database.level(unit, f"gptq-{bits}b-g16")
-            assert torch.equal(found.decode(), plain.level(unit, f"rtn-{bits}b-g16").decode())
+            assert torch.equal(found.decode(), plain.level(unit, f"rtn-{bits}b-g16-mse").decode())
 
 
 def test_an_expert_that_no_token_reached_costs_no_other_unit_its_levels(

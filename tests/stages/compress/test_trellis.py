@@ -43,11 +43,14 @@ def test_feedback_and_rotation_lower_the_error_of_the_output(make_levels: Make, 
     menu: dict[str, Any] = {"bits": [2, 3], "state_bits": 10}
     with_feedback = make_levels("trellis", weight, {"hessian": hessian}, **menu)
     nearest = make_levels("trellis_nearest", weight, **menu)
-    grid = make_levels("gptq", weight, {"hessian": hessian}, bits=[2, 3], group_size=16)
-    for ours, near, theirs in zip(with_feedback, nearest, grid, strict=True):
+    scalar: dict[str, Any] = {"bits": [2, 3], "group_size": 16}
+    published = make_levels("gptq", weight, {"hessian": hessian}, **scalar, desc_act=False, grid="minmax")
+    searched = make_levels("gptq", weight, {"hessian": hessian}, **scalar)
+    for ours, near, theirs, best in zip(with_feedback, nearest, published, searched, strict=True):
         error = output_error(ours, weight, hessian)
         assert error < 0.3 * output_error(near, weight, hessian)
         assert error < 0.5 * output_error(theirs, weight, hessian)
+        assert error < output_error(best, weight, hessian)
         assert ours.effective_bits < theirs.effective_bits - 0.8
 
 
