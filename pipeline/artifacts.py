@@ -1,17 +1,16 @@
 """Artifacts: immutable folders addressed by the hash of what made them.
 
 An artifact stands in `artifacts/<first 2 digits>/<key>/`, with `manifest.json` beside its files: their sizes and
-SHA-256, and the material of the key. The folder is finished elsewhere and renamed into place, so it exists whole or not
-at all. Where an artifact is used its sizes are compared, and its checksums unless the file is the very one that was
-checked before (same inode, size and time of change): cheap for a folder of gigabytes, and no flipped byte goes unseen.
-A damaged artifact is moved to `quarantine/` and made again.
+SHA-256, the material of the key, and a seal (`layerwise.results.sealed`). The folder is finished elsewhere and renamed
+into place, so it exists whole or not at all. Where an artifact is used its sizes are compared, and its checksums unless
+the file is the very one that was checked before (same inode, size and time of change): cheap for a folder of gigabytes,
+and no flipped byte goes unseen. A damaged artifact is moved to `quarantine/` and made again.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -23,19 +22,18 @@ from typing import Any
 
 from layerwise.errors import CorruptArtifact
 from layerwise.results.durable import make_folder, publish_folder, replace_file
+from layerwise.results.sealed import canonical, digest_of, sealed, unsealed
+
+__all__ = ["MANIFEST", "Artifact", "ArtifactStore", "FileDigests", "canonical", "digest_of", "file_sha256", "locked"]
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
 
 
-def canonical(document: Any) -> bytes:
-    """One spelling for equal JSON documents."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
-def digest_of(document: Any) -> str:
-    """SHA-256 of a JSON document, 64 hex digits."""
-    return hashlib.sha256(canonical(document)).hexdigest()
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as it is now, 64 hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class ArtifactStore:
         if not folder.is_dir():
             return None
         try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
+            manifest = unsealed((folder / MANIFEST).read_bytes())
             files = {name: (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
             artifact = Artifact(key, folder, digest_of(manifest["files"]), dict(manifest["material"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -103,19 +101,32 @@ class ArtifactStore:
         if self.digests.sha256(path) != sha256:
             raise CorruptArtifact(f"{path} is not what was written: its checksum differs")
 
-    def publish(self, key: str, folder: Path, material: Mapping[str, Any]) -> Artifact:
+    def publish(
+        self, key: str, folder: Path, material: Mapping[str, Any], items: Mapping[Path, str] | None = None
+    ) -> Artifact:
         """Make a finished folder the artifact of a key; if somebody else was first, theirs stays.
 
+        Args:
+            key: the artifact's.
+            folder: what is to be in it.
+            material: what the key was made from.
+            items: SHA-256 of files that items left, by path; those that are linked into the folder must still have it.
         Raises:
             DiskFull: the file system took no more.
+            CorruptArtifact: a file of an item has changed since it was written.
         """
-        files = {}
+        linked = {_inode(path): sha256 for path, sha256 in (items or {}).items() if path.exists()}
+        files: dict[str, dict[str, Any]] = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             path.chmod(0o444)
             name = path.relative_to(folder).as_posix()
             files[name] = {"size": path.stat().st_size, "sha256": self.digests.sha256(path)}
+            if linked.get(_inode(path), files[name]["sha256"]) != files[name]["sha256"]:
+                raise CorruptArtifact(
+                    f"{path} is not what was written: its checksum differs", hint="run again: it is made anew"
+                )
         manifest = {"key": key, "files": files, "material": material}
-        replace_file(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode(), self.tmp)
+        replace_file(folder / MANIFEST, sealed(manifest, indent=1), self.tmp)
         publish_folder(folder, self.folder(key))
         self.digests.save()
         return Artifact(key, self.folder(key), digest_of(files), material)
@@ -142,6 +153,11 @@ class ArtifactStore:
         """
         with locked(self.root / "claims" / key, waiting):
             yield
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 @contextmanager
@@ -179,10 +195,9 @@ class FileDigests:
         self.file, self.tmp = root / "digests.json", root / "tmp"
         self._fresh = False
         try:
-            known = json.loads(self.file.read_bytes())
+            self._known: dict[str, list[Any]] = unsealed(self.file.read_bytes())
         except (OSError, ValueError):
-            known = None
-        self._known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
+            self._known = {}
 
     def sha256(self, path: Path) -> str:
         """64 hex digits."""
@@ -192,8 +207,7 @@ class FileDigests:
         known = self._known.get(place)
         if isinstance(known, list) and known[:-1] == identity:
             return str(known[-1])
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_sha256(path)
         self._known[place] = [*identity, digest]
         self._fresh = True
         return digest
@@ -201,5 +215,5 @@ class FileDigests:
     def save(self) -> None:
         """Keep the memory for the next process."""
         if self._fresh:
-            replace_file(self.file, json.dumps(self._known).encode(), self.tmp)
+            replace_file(self.file, sealed(self._known), self.tmp)
             self._fresh = False

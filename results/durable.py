@@ -23,6 +23,7 @@ from pathlib import Path
 from layerwise.errors import DiskFull
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_noting: list[list[Path]] = []  # innermost last
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -105,6 +106,19 @@ def settle_file(temporary: Path, path: Path) -> None:
     _sync(temporary)
     temporary.replace(path)
     sync_folder(path.parent)
+    for noted in _noting:
+        noted.append(path)
+
+
+@contextmanager
+def settled_files() -> Iterator[list[Path]]:
+    """The files that get their names by `settle_file` in this process until the end of the `with`, in that order."""
+    noted: list[Path] = []
+    _noting.append(noted)
+    try:
+        yield noted
+    finally:
+        _noting.pop()
 
 
 def sync_folder(path: Path) -> None:

@@ -174,7 +174,8 @@ class Executor(Protocol):
             items: picklable, and small: paths and names rather than tensors.
             keys: one name per item. With them each answer is stored as it arrives, so an interrupted stage repeats
                 no finished item; an answer must then be JSON, and whatever else `fn` writes must stand under
-                `Context.items` before it returns. Within a stage a function may meet a key only once.
+                `Context.items` before it returns, named by `layerwise.results.durable.settle_file`: then it is checked
+                when the answer is found again. Within a stage a function may meet a key only once.
             note: what the items are ("units", "shards"), for the progress display.
         """
         ...

@@ -197,7 +197,7 @@ class Run:
                 context = self._context(node, key, work, executor, account)
                 with disk_full_named(work):
                     node.stage.run(context, node.params)
-                    artifact = self.artifacts.publish(key, context.out, plan.material)
+                    artifact = self.artifacts.publish(key, context.out, plan.material, executor.files)
                 self.artifacts.discard_work(key)
                 row["output_digest"] = artifact.digest
                 row["items_total"], row["items_cached"] = executor.items_total, executor.items_cached
@@ -225,6 +225,7 @@ class Run:
             raw.sized(node.resources),
             work / "journal",
             tmp=self.artifacts.tmp,
+            items=work / "items",
             progress=partial(self._progress, node.id),
         )
 

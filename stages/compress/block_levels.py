@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import NotFinite
+from layerwise.results.durable import settle_file
 from layerwise.stages.compress import find_compressor
 from layerwise.stages.compress.chosen import Chosen
 from layerwise.stages.compress.params import CompressParams
@@ -82,7 +83,9 @@ def _compress_block(
         made = find_compressor(entry.method).run(task_of(units, known, run), entry)
     except NotFinite as error:
         target.mkdir(parents=True, exist_ok=True)
-        (target / f"{block}.failed").write_text(error.message, encoding="utf-8")
+        unfinished = target / f"{block}.partial"
+        unfinished.write_text(error.message, encoding="utf-8")
+        settle_file(unfinished, target / f"{block}.failed")
         return
     for name, levels in made.items():
         write_unit(target, name, levels)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from layerwise.errors import CorruptArtifact
 from layerwise.pipeline.artifacts import MANIFEST, ArtifactStore, FileDigests, canonical, digest_of, locked
+from layerwise.results.sealed import sealed
 
 KEY = "ab" * 32
 MATERIAL = {"uses": "compress", "with": {"bits": [3, 4]}}
@@ -121,6 +122,7 @@ def test_a_spoiled_file_is_noticed_and_named(tmp_path: Path, spoil: Any, message
         '{"files": [], "material": {}}',
         '{"files": {"a": 1}, "material": {}}',
         '{"files": {"a": {"size": 6}}, "material": {}}',
+        *(sealed(manifest).decode() for manifest in ({"files": {"a": 1}, "material": {}}, {"files": {}})),
     ],
 )
 def test_a_damaged_manifest_is_a_damaged_artifact(tmp_path: Path, text: str) -> None:
@@ -128,6 +130,30 @@ def test_a_damaged_manifest_is_a_damaged_artifact(tmp_path: Path, text: str) -> 
     rewrite(store.folder(KEY) / MANIFEST, text.encode())
     with pytest.raises(CorruptArtifact, match=r"manifest\.json cannot be read"):
         store.find(KEY)
+
+
+def test_a_digit_changed_in_a_manifest_is_noticed(tmp_path: Path) -> None:
+    store = publish(tmp_path)
+    path = store.folder(KEY) / MANIFEST
+    rewrite(path, path.read_bytes().replace(b"3,", b"5,"))
+    with pytest.raises(CorruptArtifact, match="its checksum differs"):
+        store.find(KEY)
+
+
+def test_a_file_of_an_item_that_changed_before_it_was_published_is_refused(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    out, items = store.work(KEY) / "out", store.work(KEY) / "items"
+    for folder in (out, items):
+        folder.mkdir(parents=True)
+    (items / "part").write_bytes(b"written")
+    made = {items / "part": hashlib.sha256(b"written").hexdigest()}
+    (out / "part").hardlink_to(items / "part")
+    rewrite(items / "part", b"rotten!")
+    with pytest.raises(CorruptArtifact, match="part is not what was written") as caught:
+        store.publish(KEY, out, MATERIAL, made)
+    assert caught.value.hint
+    rewrite(items / "part", b"written")
+    assert store.publish(KEY, out, MATERIAL, made)
 
 
 def test_a_folder_without_a_manifest_is_a_damaged_artifact(tmp_path: Path) -> None:
@@ -171,7 +197,7 @@ def test_files_are_hashed_once_as_long_as_they_do_not_change(tmp_path: Path, mon
     assert later.sha256(path) == hashlib.sha256(b"six").hexdigest()
 
 
-@pytest.mark.parametrize("memory", ["", "{", "[]", "null", '{"1:2": 3}'])
+@pytest.mark.parametrize("memory", ["", "{", "[]", "null", '{"1:2": 3}', sealed({"1:2": 3}).decode()])
 def test_a_lost_or_damaged_memory_of_digests_costs_only_time(tmp_path: Path, memory: str) -> None:
     (tmp_path / "digests.json").write_text(memory)
     path = tmp_path / "file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -17,6 +18,8 @@ from layerwise.errors import DiskFull
 from layerwise.pipeline.executors import journal as journal_module
 from layerwise.pipeline.executors.inline import InlineExecutor
 from layerwise.pipeline.executors.journal import JournaledExecutor
+from layerwise.results.durable import settle_file
+from layerwise.results.sealed import sealed
 
 KEYS = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "a/b c"]
 
@@ -95,6 +98,8 @@ import os, signal, sys
 from pathlib import Path
 from layerwise.pipeline.executors.inline import InlineExecutor
 from layerwise.pipeline.executors.journal import JournaledExecutor
+from layerwise.results.durable import settle_file
+from layerwise.results.sealed import sealed
 folder = Path(sys.argv[1])
 def work(number):
     tries = len(list(folder.glob(f"{number}-*")))
@@ -114,7 +119,13 @@ print(journal.map(work, list(range(6)), keys=[str(n) for n in range(6)]), journa
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b'{"key": ', b"\xff\xfe", b"[]", b"null", b'{"key": "other", "answer": 5}', b'{"answer": 5}']
+    "damage",
+    [
+        *(b"", b'{"key": ', b"\xff\xfe", b"[]", b"null", b'{"answer": 5}'),
+        json.dumps({"key": KEYS[1], "answer": 5, "files": {}}).encode(),
+        sealed({"key": "other", "answer": 5, "files": {}}),
+        sealed({"key": KEYS[1], "answer": 5}),
+    ],
 )
 def test_a_damaged_answer_is_worked_out_again_and_mended(tmp_path: Path, damage: bytes) -> None:
     first, _ = open_journal(tmp_path)
@@ -125,6 +136,70 @@ def test_a_damaged_answer_is_worked_out_again_and_mended(tmp_path: Path, damage:
         journal, raw = open_journal(tmp_path)
         assert journal.map(pair, [1, 2, 3], keys=KEYS) == answers
         assert raw.sent == expected
+
+
+def leave_file(folder: Path, number: int) -> int:
+    path = folder / "parts" / f"{number}.bin"
+    path.parent.mkdir(exist_ok=True)
+    (folder / f"{number}.tmp").write_bytes(bytes([number] * 100))
+    settle_file(folder / f"{number}.tmp", path)
+    return number
+
+
+def leave_files(folder: Path) -> Callable[[tuple[int, ...]], list[int]]:
+    return lambda numbers: [leave_file(folder, number) for number in numbers]
+
+
+def spoil_one_digit(answer: Path, item: Path) -> None:
+    answer.write_text(answer.read_text().replace('"answer": 2', '"answer": 3'))
+
+
+def spoil_one_bit(answer: Path, item: Path) -> None:
+    item.write_bytes(item.read_bytes()[:50] + b"\x03" + item.read_bytes()[51:])
+
+
+def spoil_the_end(answer: Path, item: Path) -> None:
+    item.write_bytes(item.read_bytes()[:-1])
+
+
+def spoil_by_deleting(answer: Path, item: Path) -> None:
+    item.unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_one_digit, spoil_one_bit, spoil_the_end, spoil_by_deleting])
+@pytest.mark.parametrize("how", ["map", "replicas", "together"])
+def test_an_item_whose_answer_or_file_changed_is_worked_on_again_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path, Path], None], how: str
+) -> None:
+    items = tmp_path / "items"
+    items.mkdir()
+    keys = ["a", "b", "c"]
+
+    def work() -> tuple[list[int], int]:
+        journal, _ = open_journal(tmp_path, items=items)
+        if how == "map":
+            answers = journal.map(partial(leave_file, items), [1, 2, 3], keys=keys)
+        elif how == "replicas":
+            with journal.replicas(partial(partial, leave_file, items)) as replicas:
+                answers = replicas.map([1, 2, 3], keys=keys)
+        else:
+            with journal.replicas(partial(leave_files, items)) as replicas:
+                answers = replicas.map_together([1, 2, 3], keys=keys, calls=3)
+        assert sorted(path.name for path in journal.files) == ["1.bin", "2.bin", "3.bin"]
+        return answers, journal.items_cached
+
+    assert work() == ([1, 2, 3], 0)
+    assert work() == ([1, 2, 3], 3)
+    assert not caplog.records
+    item = items / "parts" / "2.bin"
+    (answer,) = (tmp_path / "answers").rglob("b.json")
+    spoil(answer, item)
+    assert work() == ([1, 2, 3], 2)
+    assert item.read_bytes() == bytes([2] * 100)
+    (record,) = caplog.records
+    assert str(answer) in record.getMessage()
+    assert "working on b again" in record.getMessage()
+    assert work() == ([1, 2, 3], 3)
 
 
 def test_an_answer_is_stored_before_the_next_one_is_looked_at(tmp_path: Path) -> None:
