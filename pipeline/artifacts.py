@@ -22,6 +22,7 @@ from typing import Any
 
 from layerwise.errors import CorruptArtifact
 from layerwise.results.durable import make_folder, publish_folder, replace_file
+from layerwise.results.links import open_plain, refuse_links, refuse_links_below
 from layerwise.results.sealed import canonical, digest_of, sealed, unsealed
 
 __all__ = ["MANIFEST", "Artifact", "ArtifactStore", "FileDigests", "canonical", "digest_of", "file_sha256", "locked"]
@@ -86,6 +87,8 @@ class ArtifactStore:
             manifest = unsealed((folder / MANIFEST).read_bytes())
             files = {name: (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
             artifact = Artifact(key, folder, digest_of(manifest["files"]), dict(manifest["material"]))
+            if any(Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in files):
+                raise ValueError("it names files outside of its folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptArtifact(f"{folder / MANIFEST} cannot be read: {error}") from error
         for name, (size, sha256) in files.items():
@@ -114,7 +117,10 @@ class ArtifactStore:
         Raises:
             DiskFull: the file system took no more.
             CorruptArtifact: a file of an item has changed since it was written.
+            StoreError: there is a link in the folder, or on the way to where it goes.
         """
+        refuse_links_below(folder)
+        refuse_links(self.root, self.folder(key))
         linked = {_inode(path): sha256 for path, sha256 in (items or {}).items() if path.exists()}
         files: dict[str, dict[str, Any]] = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -133,11 +139,14 @@ class ArtifactStore:
 
     def discard_work(self, key: str) -> None:
         """Remove what a published artifact was made with; a process killed right after publishing left it behind."""
+        refuse_links(self.root, self.work(key))
         shutil.rmtree(self.work(key), ignore_errors=True)  # another run may be at it too
 
     def quarantine(self, key: str) -> Path:
         """Move a damaged artifact out of the way; says where to."""
         target = self.root / "quarantine" / f"{key}-{secrets.token_hex(4)}"
+        for path in (target, self.folder(key)):
+            refuse_links(self.root, path.parent)
         make_folder(target.parent)
         with suppress(FileNotFoundError):  # somebody else was faster
             self.folder(key).rename(target)
@@ -151,7 +160,7 @@ class ArtifactStore:
             key: the artifact's.
             waiting: called once, with the process id of the holder, before waiting for it.
         """
-        with locked(self.root / "claims" / key, waiting):
+        with locked(self.root / "claims" / key, waiting, root=self.root):
             yield
 
 
@@ -161,15 +170,19 @@ def _inode(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[int | None], None]) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[int | None], None], *, root: Path | None = None) -> Iterator[None]:
     """Hold an exclusive lock on a file; the kernel takes it back if this process dies.
 
     Args:
         path: the lock file, made if missing; it holds the process id of the holder.
         waiting: called once, with that id if it can be read, before waiting for another process.
+        root: the results folder, below which no link may lead to the file; the file's own folder if left out.
+    Raises:
+        StoreError: the file or its folder is a link, or no file.
     """
+    refuse_links(path.parent if root is None else root, path)
     make_folder(path.parent)
-    with path.open("a+") as file:
+    with os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

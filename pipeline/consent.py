@@ -138,7 +138,7 @@ def _write(name: str, section: dict[str, Any]) -> None:
     text = json.dumps({**_read(), name: section}, indent=1, sort_keys=True) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_file(path, text.encode(), path.parent)
+        replace_file(path, text.encode(), path.parent / "tmp")
     except OSError as error:
         raise UsageError(
             f"cannot keep in {path} what you agree to: {error.strerror or error}",

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from layerwise.errors import DiskFull
+from layerwise.results.links import refuse_links
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _noting: list[list[Path]] = []  # innermost last
@@ -33,12 +34,15 @@ def publish_file(path: Path, data: bytes, tmp: Path) -> bool:
     Args:
         path: the name to give; missing parent folders are made.
         data: its content. The same name must always mean the same content: whoever comes second is not compared.
-        tmp: a folder for the temporary file, on the same file system as `path`; made if missing.
+        tmp: a folder for the temporary file, on the same file system as `path`; made if missing. Below the folder that
+            holds it, nothing on the way to `path` may be a link.
     Returns:
         True if this call created the file, False if it already existed (then nothing is changed).
     Raises:
         DiskFull: the file system took no more; nothing is left behind.
+        StoreError: a link would lead the file elsewhere.
     """
+    refuse_links(tmp.parent, path)
     make_folder(path.parent)
     if path.exists():
         sync_folder(path.parent)  # whoever created it may have been killed before doing so
@@ -55,10 +59,12 @@ def replace_file(path: Path, data: bytes, tmp: Path) -> None:
     Args:
         path: the name, existing or not; missing parent folders are made.
         data: the whole new content. A reader sees the old or the new, never a mix.
-        tmp: a folder for the temporary file, on the same file system as `path`; made if missing.
+        tmp: as in `publish_file`.
     Raises:
         DiskFull: the file system took no more; the old content is untouched.
+        StoreError: a link would lead the file elsewhere.
     """
+    refuse_links(tmp.parent, path)
     make_folder(path.parent)
     with _written(path, data, tmp) as temporary, disk_full_named(path, len(data)):
         temporary.replace(path)
@@ -152,6 +158,7 @@ def disk_full_named(path: Path, size_bytes: int | None = None) -> Iterator[None]
 @contextmanager
 def _written(path: Path, data: bytes, tmp: Path) -> Iterator[Path]:
     """The content under a temporary name, on the device; the name is gone at the end, whatever happens."""
+    refuse_links(tmp.parent, tmp)
     make_folder(tmp)
     temporary = tmp / f"{os.getpid()}-{secrets.token_hex(8)}"
     try:

@@ -130,7 +130,11 @@ def submit(run: Run, options: Options, tell: Callable[[str], None]) -> tuple[Sub
     if jobs.token is not None and not travels_safely(options.address):
         tell(f"warning: the token travels in clear to {options.address}")
     _look_at(jobs, options.require_auth, tell)
-    with locked(run.folder / "submit.lock", lambda pid: tell(f"waiting: process {pid} submits {run.id}")):
+
+    def waiting(pid: int | None) -> None:
+        tell(f"waiting: process {pid} submits {run.id}")
+
+    with locked(run.folder / "submit.lock", waiting, root=run.store.root):
         live = _live(run, tell)
         if live is not None:
             return live, False

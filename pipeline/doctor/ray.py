@@ -58,10 +58,10 @@ def addresses(surroundings: Surroundings) -> Finding:
 
 def sockets(_: Surroundings) -> Finding:
     """Whether a socket with a path as long as Ray's can be made where Ray's would be."""
-    from layerwise.pipeline.executors.ray_session import private_folder
+    from layerwise.pipeline.executors.ray_session import RAYS_FOLDER, private_folder
 
     folder = private_folder()
-    path = f"{folder}{_RAYS_SOCKET}"
+    path = f"{folder / RAYS_FOLDER}{_RAYS_SOCKET}"
     try:
         Path(path).parent.mkdir(parents=True)
         with socket.socket(socket.AF_UNIX) as endpoint:

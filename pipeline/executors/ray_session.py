@@ -12,8 +12,9 @@ Decisions, each from a measured surprise of Ray 2.60:
   user is respected.
 - One retry after running out of memory instead of endless ones, which would hang the run without a word.
 - The address of a cluster is tried before Ray gets it, which would wait for a minute where nobody answers.
-- A short private folder for Ray's sockets and logs: socket paths end at 107 bytes. It goes away with the session; a
-  driver that is killed leaves it behind, some hundred KiB.
+- A short private folder for Ray's sockets and logs: socket paths end at 107 bytes. Ray opens the folder that it is
+  given to everybody (mode 0777), so that one stands inside of it. It goes away with the session; a driver that is
+  killed leaves it behind, some hundred KiB.
 - The host's SIGTERM handler is put back, since `ray.init` replaces it.
 - Ray prints a worker's death on stdout, where the command line's answers go; it goes to the log.
 
@@ -43,6 +44,9 @@ from layerwise.pipeline.executors.ray_hosts import Hosts
 logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "1"}
+RAYS_FOLDER = "ray"
+"""What Ray is given of the private folder."""
+
 _OBJECT_STORE_BYTES = 256 * 2**20  # items and answers are small; Ray's own default is 30% of the machine
 _PATIENCE_SECONDS = 5.0  # for a cluster to accept a connection
 _LONGEST_TEMPORARY_FOLDER = 24  # bytes of it that leave room for Ray's own 75 and our 15 below 107
@@ -133,7 +137,7 @@ class RaySession:
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    _temp_dir=str(self._folder),
+                    _temp_dir=str(self._folder / RAYS_FOLDER),
                 )
         except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
             self.close()
@@ -188,7 +192,7 @@ def available_cores() -> int:
 def private_folder() -> Path:
     """A new folder that is ours alone, with a path short enough for Ray's sockets."""
     base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="lw-ray-", dir=base if len(base) <= _LONGEST_TEMPORARY_FOLDER else "/tmp"))
+    return Path(tempfile.mkdtemp(prefix="lw-", dir=base if len(base) <= _LONGEST_TEMPORARY_FOLDER else "/tmp"))
 
 
 @contextmanager

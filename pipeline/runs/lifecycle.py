@@ -27,6 +27,7 @@ from layerwise.pipeline.runs.run import WORKFLOW, Run
 from layerwise.pipeline.runs.status import LIVE, RunState, attempt_status, run_state
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.pipeline.workflow.report import suggest
+from layerwise.results.links import open_plain
 from layerwise.results.store import Store
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -208,7 +209,7 @@ def _printed(store: Store, run: str, number: int) -> str:
 def _lines(path: Path, position: int) -> tuple[list[str], int]:
     """The whole lines from a position on, and where they end."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
             file.seek(position)
             text = file.read()
     except FileNotFoundError:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from layerwise.errors import LayerwiseError
 from layerwise.pipeline.display import Display, Displays, LineDisplay, Pace, SilentDisplay, clock
+from layerwise.results.links import open_plain, refuse_links, unfinished
 
 SECONDS_BETWEEN_UPDATES = 1.0
 """How often `progress.json` is written within one stage."""
@@ -68,7 +69,13 @@ def log_file(folder: Path, attempt: int) -> Path:
 
 @contextmanager
 def recorded(display: Display, folder: Path, attempt: int) -> Iterator[Display]:
-    """A display that also keeps what it is told, in the folder of a run, and at the end how the attempt ended."""
+    """A display that also keeps what it is told, in the folder of a run, and at the end how the attempt ended.
+
+    Raises:
+        StoreError: a link would lead these files out of the results folder.
+    """
+    for path in (log_file(folder, attempt), _progress_file(folder)):
+        refuse_links(folder.parents[1], path)
     log = RunLog(log_file(folder, attempt))
     started = time.monotonic()
     try:
@@ -95,7 +102,7 @@ class RunLog(LineDisplay):
         self._descriptor: int | None = None
         with suppress(OSError):
             path.parent.mkdir(exist_ok=True)
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._descriptor = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def start(self, stage: str, uses: str, reason: str) -> None:
         self._stage = stage
@@ -177,10 +184,9 @@ class ProgressFile(SilentDisplay):
                 return
             self._last, self._written = time.monotonic(), self._now
             path = _progress_file(self._folder)
-            unfinished = path.with_suffix(".tmp")  # the run's lock leaves one writer
-            with suppress(OSError):
-                unfinished.write_text(json.dumps(asdict(self._now)) + "\n")
-                unfinished.replace(path)
+            with suppress(OSError), unfinished(path) as temporary:
+                temporary.write_text(json.dumps(asdict(self._now)) + "\n")
+                temporary.replace(path)
 
 
 def _progress_file(folder: Path) -> Path:

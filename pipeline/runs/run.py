@@ -33,6 +33,7 @@ from layerwise.pipeline.runs.plan import Planner, StagePlan
 from layerwise.pipeline.workflow import Node, Workflow
 from layerwise.pipeline.workflow.yaml12 import dump
 from layerwise.results.durable import disk_full_named, make_folder, replace_file
+from layerwise.results.links import refuse_links, refuse_links_below
 from layerwise.results.store import Store
 from layerwise.stages.contract import Context, Executor, Row
 
@@ -99,7 +100,7 @@ class Run:
             LayerwiseError: a stage stopped; what was finished is kept.
             StoreError: another process runs the same, and it is not to be waited for.
         """
-        with locked(self.folder / "lock", self._wait if wait else self._refuse):
+        with locked(self.folder / "lock", self._wait if wait else self._refuse, root=self.store.root):
             self.keep_workflow()
             account = Account(
                 self.store,
@@ -232,6 +233,10 @@ class Run:
     def _context(self, node: Node, key: str, work: Path, executor: Executor, account: Account) -> Context:
         """All that a stage may touch; its folders are made."""
         out, items = work / "out", work / "items"
+        refuse_links(self.store.root, work)
+        refuse_links_below(work)
+        for path in items.rglob("*.partial"):  # of writers that were killed
+            path.unlink(missing_ok=True)
         if out.exists():
             shutil.rmtree(out)  # of an attempt that was killed; its finished items stand under `items`
         for folder in (out, items):
@@ -267,6 +272,7 @@ class Run:
     def _link(self, stage: str, artifact: Artifact) -> None:
         """`runs/<run>/stages/<stage>` leads to the artifact, so people need not know keys."""
         link = self.folder / "stages" / stage
+        refuse_links(self.store.root, link.parent)
         make_folder(link.parent)
         target = Path("../../..") / artifact.folder.relative_to(self.store.root)
         if not (link.is_symlink() and link.readlink() == target):

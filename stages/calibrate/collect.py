@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.results.durable import settle_file
+from layerwise.results.links import unfinished
 from layerwise.stages.calibrate import Statistic, find_statistic
 from layerwise.stages.models.causal_lm import CausalLM
 from layerwise.stages.models.inputs import observed
@@ -198,6 +199,6 @@ def merge(parts: Sequence[Path], target: Path, together: Callable[[Tensor, Tenso
 
 def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
-    settle_file(partial, target)
+    with unfinished(target) as partial:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
+        settle_file(partial, target)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from layerwise.errors import DataError
 from layerwise.results.durable import settle_file
+from layerwise.results.links import unfinished
 from layerwise.stages.contract import Context, TextSource
 from layerwise.stages.models.trust import loading
 
@@ -61,10 +62,10 @@ def load_sequences(tokens: Tokens) -> Tensor:
 
 def _write_sequences(source: TextSource, *, model: Path, target: Path, trust: bool) -> int:
     sequences = cut(encode(source, model, trust), source)
-    temporary = target.with_suffix(".partial")
-    with temporary.open("wb") as stream:
-        np.save(stream, sequences)
-    settle_file(temporary, target)
+    with unfinished(target) as temporary:
+        with temporary.open("wb") as stream:
+            np.save(stream, sequences)
+        settle_file(temporary, target)
     return int(sequences.size)
 
 

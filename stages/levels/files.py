@@ -13,6 +13,7 @@ from typing import Any
 
 from layerwise.errors import CorruptArtifact
 from layerwise.results.durable import settle_file
+from layerwise.results.links import unfinished
 from layerwise.stages.levels.level import Level
 
 RECIPES = "levels"
@@ -45,13 +46,13 @@ def write_unit(folder: Path, unit: str, levels: Sequence[Level]) -> Path:
     recipes = {level.name: {"recipe": dict(level.recipe), "shape": list(level.shape)} for level in levels}
     target = unit_file(folder, unit)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    save_file(
-        {key: tensors[key] for key in sorted(tensors)},
-        partial,
-        metadata={RECIPES: json.dumps(recipes, sort_keys=True, allow_nan=False)},
-    )
-    settle_file(partial, target)
+    with unfinished(target) as partial:
+        save_file(
+            {key: tensors[key] for key in sorted(tensors)},
+            partial,
+            metadata={RECIPES: json.dumps(recipes, sort_keys=True, allow_nan=False)},
+        )
+        settle_file(partial, target)
     return target
 
 

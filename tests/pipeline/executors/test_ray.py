@@ -244,6 +244,17 @@ def test_authentication_is_on(executor: RawExecutor) -> None:
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
+@pytest.mark.ray
+def test_nobody_else_reaches_the_folder_of_a_ray_that_runs(executor: RawExecutor) -> None:
+    import ray
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    assert executor.workers == 2
+    folder = session.parents[1]
+    assert (session.parent.name, folder.name[:3]) == (ray_session_module.RAYS_FOLDER, "lw-")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_the_socket_paths_of_ray_fit_whatever_the_temporary_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +263,13 @@ def test_the_socket_paths_of_ray_fit_whatever_the_temporary_folder(
     monkeypatch.setattr("tempfile.tempdir", str(deep))
     folder = ray_session_module.private_folder()
     try:
-        socket = folder / "session_2026-01-01_00-00-00_000000_4194304" / "sockets" / "plasma_store"
+        socket = (
+            folder
+            / ray_session_module.RAYS_FOLDER
+            / "session_2026-01-01_00-00-00_000000_4194304"
+            / "sockets"
+            / "plasma_store"
+        )
         assert len(os.fsencode(socket)) <= 107
         assert folder.stat().st_mode & 0o077 == 0
     finally:
