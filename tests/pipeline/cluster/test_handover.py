@@ -434,7 +434,7 @@ def test_a_killed_job_is_interrupted_everywhere_and_goes_on_at_another_cluster_w
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
-    state = layerwise("status", run, "--results", results)
+    state = layerwise("status", run, "--results", results, "--address", gone)
     assert f"{run}: running, attempt 1 (ray), started " in state.out
     assert "far-away (not checked)" in state.out
     assert f"run {run}: {gone} cannot be reached: " in state.err
