@@ -16,7 +16,7 @@ from layerwise.pipeline.workflow import Workflow
 from layerwise.pipeline.workflow.sources import Model, Text
 from layerwise.results.durable import replace_file
 from layerwise.stages.contract import ModelSource, TextSource
-from layerwise.stages.models.trust import CODE
+from layerwise.stages.models.trust import CODE, check_links
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.jinja")
 """Weights, configuration and tokenizer of a Hugging Face model."""
@@ -55,6 +55,7 @@ def fetch(workflow: Workflow, root: Path, digests: FileDigests) -> Fetched:
     """
     folder = _model_folder(workflow.model)
     files = sorted({path for pattern in model_files(workflow.model) for path in folder.glob(pattern)})
+    check_links(folder, files)
     contents = {path.name: digests.sha256(path) for path in files}
     trusted = {"trust": True} if workflow.model.trust else {}
     texts = {name: _text_source(name, text, root) for name, text in workflow.data.items()}

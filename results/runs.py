@@ -63,7 +63,10 @@ def find_run(store: Store, run: str | None = None, more: Iterable[dict[str, Any]
 
 def latest_runs(store: Store) -> list[dict[str, Any]]:
     """The latest `runs` row of every run, the newest run first."""
-    latest = {row["run_id"]: row for row in store.rows("runs")}  # in order, so the last one stays
+    from layerwise.results.store import is_run_id
+
+    rows = (row for row in store.rows("runs") if is_run_id(row["run_id"]))
+    latest = {row["run_id"]: row for row in rows}  # in order, so the last one stays
     return sorted(latest.values(), key=lambda row: row["written_at"], reverse=True)
 
 

@@ -41,6 +41,11 @@ MARKER = "layerwise-store.json"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+def is_run_id(text: str) -> bool:
+    """Whether this can be the id of a run, which is a folder's name, too; a foreign table may hold anything."""
+    return _RUN_ID.fullmatch(text) is not None
+
+
 @dataclass(frozen=True)
 class Store:
     """A results folder; get one from `Store.open`."""
@@ -107,7 +112,7 @@ class Store:
             AssertionError: an unknown table or column, or a value that does not fit; the caller's mistake.
         """
         _demand(table in TABLES, f"unknown table {table!r}")
-        _demand(_RUN_ID.fullmatch(run_id) is not None, f"run id {run_id!r} is no plain name")
+        _demand(is_run_id(run_id), f"run id {run_id!r} is no plain name")
         _demand(table in RUN_TABLES or stage_key is not None, f"rows of {table} need a stage key")
         if not rows:
             return False

@@ -25,7 +25,7 @@ from layerwise.pipeline.runs.log import Progress, read_progress
 from layerwise.pipeline.runs.run import WORKFLOW
 from layerwise.pipeline.workflow.yaml12 import load_file
 from layerwise.results.runs import find_run, latest_runs, latest_stages, runs_table
-from layerwise.results.store import Store
+from layerwise.results.store import Store, is_run_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,7 +187,7 @@ def _without_rows(store: Store, rows: Iterable[Mapping[str, Any]]) -> list[dict[
     known = {row["run_id"] for row in rows}
     found: list[dict[str, Any]] = []
     for path in (store.root / "runs").glob(f"*/{WORKFLOW}"):
-        if path.parent.name in known:
+        if path.parent.name in known or not is_run_id(path.parent.name):
             continue
         workflow: Any = load_file(path).plain()
         at = datetime.fromtimestamp(path.stat().st_mtime, UTC)

@@ -26,7 +26,7 @@ def _check_name(name: str) -> str:
 
 
 def _check_stage_name(name: str) -> str:
-    if not re.fullmatch(rf"{_NAME}(@[^\s/@]+)?", name):
+    if not re.fullmatch(rf"{_NAME}(@[^\s/@\x00-\x1f\x7f]+)?", name):
         raise ValueError(f"'{name}' cannot name a stage: use letters, digits, '_' and '-', a letter first")
     return name
 

@@ -21,7 +21,13 @@ RECIPES = "levels"
 
 
 def unit_file(folder: Path, unit: str) -> Path:
-    """Where the levels of a unit stand."""
+    """Where the levels of a unit stand.
+
+    Raises:
+        CorruptArtifact: the unit's name, which an artifact may bring, would lead out of the folder.
+    """
+    if "/" in unit or "\0" in unit:
+        raise CorruptArtifact(f"{unit!r} cannot name a unit", hint="look where that artifact came from, and delete it")
     return folder / "units" / f"{unit}.safetensors"
 
 

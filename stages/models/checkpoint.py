@@ -58,12 +58,20 @@ class Checkpoint:
         """The weight files, in name order: those that transformers loads, and no copies or adapters beside them.
 
         That is `model.safetensors`, else the shards that the index names.
+
+        Raises:
+            UnsupportedModel: the index names one outside of the folder.
         """
         single, index = self.folder / SINGLE, self.folder / INDEX
         if single.is_file():
             return (single,)
         if index.is_file():
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            for shard in shards:
+                if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                    raise UnsupportedModel(
+                        f"{index} names weights outside of its folder: {shard}", hint="move them into the folder"
+                    )
             return tuple(self.folder / shard for shard in sorted(set(shards)))
         return ()
 

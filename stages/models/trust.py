@@ -1,14 +1,14 @@
 """Whose code runs when a model folder is read: transformers' own, unless the workflow says `trust: true`.
 
 A folder can bring Python modules and name their classes in an `auto_map`, and transformers would ask on the terminal
-whether to run them. It can name an attention kernel that is code from elsewhere. Weights are read from safetensors
-alone, trusted or not, because a pickle is a program.
+whether to run them. It can name an attention kernel that is code from elsewhere, and hold links to the user's files.
+Weights are read from safetensors alone, trusted or not, because a pickle is a program.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,29 @@ def loading(folder: Path, trust: bool) -> Iterator[dict[str, Any]]:
         raise UnsupportedModel(
             f"{folder} cannot be loaded without code of its own ({found}), which is not run", hint=HINT
         ) from error
+
+
+def check_links(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse files of a model whose contents would come from elsewhere: they go where the model goes.
+
+    A model is shipped and exported with its configuration and tokenizer; a link among them could carry any file of the
+    user's along. Weights may be links, because they are read as what they are. So may all that the hub's cache holds.
+
+    Args:
+        folder: the model's.
+        files: that belong to it.
+    Raises:
+        UnsupportedModel: names the link.
+    """
+    here = folder.resolve()
+    allowed = [here, here.parents[1] / "blobs"] if here.parent.name == "snapshots" else [here]
+    for file in files:
+        target = file.resolve()
+        if file.is_symlink() and file.suffix != ".safetensors" and not any(map(target.is_relative_to, allowed)):
+            raise UnsupportedModel(
+                f"{file} is a link to {target}, outside of the model's folder",
+                hint="what it leads to would be shipped and exported with the model; if that is meant, copy it there",
+            )
 
 
 def _documents(folder: Path) -> Iterator[dict[str, Any]]:

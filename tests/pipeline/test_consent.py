@@ -12,11 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from layerwise.pipeline.cluster import handover
 from layerwise.pipeline.cluster import jobs as cluster_jobs
@@ -26,6 +28,9 @@ from layerwise.pipeline.consent import NotNamed, consent_file, consent_to, name_
 from layerwise.pipeline.display import SilentDisplay
 from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.workflow import load_workflow
+from layerwise.pipeline.workflow.fileformat import StageName
+from layerwise.results.durable import publish_file
+from layerwise.results.store import Store, _parquet
 
 Command = Callable[..., Any]
 
@@ -279,3 +284,29 @@ def test_trust_that_only_a_results_folder_speaks_of_is_none(
     failed = in_process(*resume, "--trust")
     assert "cannot be loaded with its own code: AttributeError" in failed.err
     assert (tmp_path / "it-ran").exists()
+
+
+# --- names that lead elsewhere ---
+
+
+@pytest.mark.parametrize("run_id", ["../../outside", "/outside", "..", "a\x1b[2J", "a\nb"])
+def test_a_foreign_table_names_no_run_elsewhere(tmp_path: Path, in_process: Command, run_id: str) -> None:
+    store = Store.open(tmp_path / "results", create=True)
+    now = datetime.now(UTC)
+    row = {"run_id": run_id, "attempt": 1, "seq": 0, "name": "flow", "status": "running", "resolved": '{"stages": {}}'}
+    data = _parquet("runs", [{**row, "schema_version": 1, "started_at": now, "written_at": now, "executor": "ray"}])
+    publish_file(store.root / "tables" / "runs" / "run=a" / "run.parquet", data, store.root / "tmp")
+    (tmp_path / "outside" / "log").mkdir(parents=True)
+    (tmp_path / "outside" / "log" / "0001.log").write_text("2026 - mine\n")
+    for command in ("status", "logs", "stop", "resume"):
+        outcome = in_process(command, "flow", "--results", store.root)
+        assert outcome.code == 2
+        assert "mine" not in outcome.out
+    for command in ("status", "runs"):
+        assert run_id not in in_process(command, "--results", store.root).out
+
+
+@pytest.mark.parametrize("name", ["..", "/a", "a/b", "a@../b", "a@/b", "a\0", "a@\0", "a@b\nc", "a@\x1b[2J", "a@b@c"])
+def test_a_stage_cannot_be_called_like_a_way_out(name: str) -> None:
+    with pytest.raises(ValidationError, match="cannot name a stage"):
+        TypeAdapter(StageName).validate_python(name)

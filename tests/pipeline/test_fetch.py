@@ -73,6 +73,13 @@ def test_trust_in_the_model_and_then_its_code_are_part_of_what_it_is(desk: Any) 
     assert desk.folder / "model" / "code.py" not in cargo(desk.load(REST)).files
 
 
+def test_a_link_among_the_files_of_a_model_is_named_before_anything_runs(desk: Any) -> None:
+    (desk.folder / "secret.json").write_text("mine")
+    (desk.folder / "model" / "notes.json").symlink_to(desk.folder / "secret.json")
+    with pytest.raises(UnsupportedModel, match=r"notes\.json is a link to"):
+        fetched(desk)
+
+
 @pytest.mark.parametrize("option", ["data.calibration.tokens=1Ki", "data.calibration.sequence_length=64"])
 def test_how_a_text_is_cut_changes_its_digest_alone(desk: Any, option: str) -> None:
     model, text = digests(desk)

@@ -11,13 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from layerwise.errors import UnsupportedModel
+from layerwise.errors import CorruptArtifact, UnsupportedModel
 from layerwise.stages.contract import ModelSource, TextSource
 from layerwise.stages.data.text import encode
+from layerwise.stages.export.dense import dense
 from layerwise.stages.export.native import load, native
+from layerwise.stages.levels.files import open_unit, write_unit
 from layerwise.stages.models.causal_lm import CausalLM
 from layerwise.stages.models.checkpoint import Checkpoint
+from layerwise.stages.models.trust import check_links
 
 MODULE = """\
 from pathlib import Path
@@ -144,3 +149,56 @@ def test_a_pickle_is_never_read(planted: Path, marker: Path, trust: bool, other:
         with pytest.raises(UnsupportedModel):
             read()
     assert not marker.exists()
+
+
+# --- names and links that lead out of their folder ---
+
+
+def test_tensors_with_names_of_paths_make_no_files(planted: Path, tmp_path: Path) -> None:
+    weights = load_file(planted / "model.safetensors")
+    odd = {name: torch.ones(4, 4) for name in ("../../evil", "/evil.weight", "model.layers.0/../../x.weight", "a\n.b")}
+    save_file(weights | odd, planted / "model.safetensors", metadata={"format": "pt"})
+    network = CausalLM.load(ModelSource(planted))
+    assert not [unit.name for unit in (*network.units, *network.parents) if "/" in unit.name or "\n" in unit.name]
+    (tmp_path / "deep" / "out").mkdir(parents=True)
+    dense(ModelSource(planted), tmp_path / "deep" / "out")
+    assert {path.name for path in tmp_path.rglob("*evil*")} == set()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("unit", ["../x", "/x", "model/../../x", "x\0"])
+def test_a_unit_that_an_artifact_names_leads_nowhere_else(tmp_path: Path, unit: str) -> None:
+    with pytest.raises(CorruptArtifact, match="cannot name a unit"):
+        write_unit(tmp_path / "levels", unit, [])
+    with pytest.raises(CorruptArtifact, match="cannot name a unit"):
+        open_unit(tmp_path / "levels", unit)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shard", ["../other.safetensors", "/other.safetensors", "a/../../other.safetensors"])
+def test_an_index_names_no_weights_outside_of_its_folder(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(UnsupportedModel, match=f"names weights outside of its folder: {shard}"):
+        Checkpoint(tmp_path)
+
+
+def test_a_link_out_of_a_model_carries_nothing_along(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "model", tmp_path / "secret.json"
+    folder.mkdir()
+    secret.write_text("mine")
+    (folder / "config.json").write_text("{}")
+    (folder / "same.json").symlink_to("config.json")
+    (folder / "model.safetensors").symlink_to(secret)
+    check_links(folder, list(folder.iterdir()))
+    (folder / "notes.json").symlink_to(secret)
+    with pytest.raises(UnsupportedModel, match=f"notes.json is a link to {secret}, outside of the model's folder"):
+        check_links(folder, list(folder.iterdir()))
+
+
+def test_the_cache_of_the_hub_is_made_of_links(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "revision", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    check_links(snapshot, list(snapshot.iterdir()))
