@@ -316,8 +316,7 @@ class _Grids:
             scale, zero = fit(members.amin(0), members.amax(0), 2**bits - 1, params.sym)
         else:
             weigh = importance if params.grid == "hessian" and shared is None else None
-            signed = params.scale_bits == WHOLE
-            scale, zero = search(members, bits, sym=params.sym, importance=weigh, signed=signed)
+            scale, zero = search(members, bits, sym=params.sym, importance=weigh)
         if shared is None:
             return scale, zero
         return scale.repeat_interleave(shared)[:rows], zero.repeat_interleave(shared)[:rows]

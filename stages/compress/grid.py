@@ -126,7 +126,7 @@ class StoredGridParams(GridParams):
         """
         if self.scale_bits == WHOLE:
             return scale, scale, zero
-        scales = quantized_scales(scale, self.scale_bits, self.scale_group)
+        scales = quantized_scales(scale, self.scale_bits, self.scale_group, signed=bool((scale < 0).any()))
         values = scales.values()
         return scales, values, zero if self.sym else clamp_codes((zero * scale / values).round(), 2**bits - 1)
 

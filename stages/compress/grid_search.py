@@ -21,23 +21,21 @@ LEAST_SHARE = {2: 0.4, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8, 7: 0.85, 8: 0.9}
 has, the less there is to win by clipping."""
 
 
-def search(
-    members: Tensor, bits: int, *, sym: bool, importance: Tensor | None = None, signed: bool = True
-) -> tuple[Tensor, Tensor]:
+def search(members: Tensor, bits: int, *, sym: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Find one grid for each group.
 
     Args:
         members: (size, ...), the weights of each group along the first dimension.
         bits: 2 to 8.
         importance: (size,), what a squared error counts; None if all the same.
-        signed: scales of symmetric grids may be negative.
     Returns:
-        scale, with values that float16 holds (Inf where it does not), and zero point, both (...).
+        scale, with values that float16 holds (Inf where it does not), negative in some symmetric grids, and zero point,
+        both (...).
     """
     import torch
 
     low, high = members.amin(0), members.amax(0)
-    sign = torch.where(high > -low, -1.0, 1.0).to(low.dtype) if sym and signed else torch.ones_like(low)
+    sign = torch.where(high > -low, -1.0, 1.0).to(low.dtype) if sym else torch.ones_like(low)
     weigh = members.new_ones(len(members)) if importance is None else importance
     best: list[Tensor] = []
     for step in range(round((1 - LEAST_SHARE[bits]) / STEP) + 1):

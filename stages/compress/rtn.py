@@ -13,7 +13,6 @@ from pydantic import Field
 
 from layerwise.stages.compress import Task
 from layerwise.stages.compress.grid import StoredGridParams, check_finite, fit, grid_or_masked, quantize
-from layerwise.stages.levels.scales import WHOLE
 
 if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
@@ -57,7 +56,7 @@ def rtn(task: Task, params: Params) -> Mapping[str, list[Level]]:
         if params.grid == "minmax":
             scale, zero = fit(W.amin(2), W.amax(2), max_code, params.sym)
         else:
-            scale, zero = search(W.movedim(2, 0), bits, sym=params.sym, signed=params.scale_bits == WHOLE)
+            scale, zero = search(W.movedim(2, 0), bits, sym=params.sym)
         scales, scale, zero = params.stored(scale, zero, bits)
         codes = quantize(W, scale[..., None], zero[..., None], max_code).view(count, -1)[:, :length]
         codes = codes.T if params.along_outputs else codes

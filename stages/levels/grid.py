@@ -79,7 +79,7 @@ def reading(scale: Tensor | Scales, input_scale: Tensor | None = None) -> dict[s
     """What a recipe says of how scales are stored."""
     found: dict[str, Any] = {}
     if isinstance(scale, Scales):
-        found |= {"scale_bits": scale.bits, "scale_group": scale.size}
+        found |= {"scale_bits": scale.bits, "scale_group": scale.size, "scale_signed": scale.signed}
     if input_scale is not None:
         found["scaled_inputs"] = True
     return found
@@ -165,7 +165,8 @@ def group_grids(level: Level) -> tuple[Tensor, Tensor | None, Tensor]:
     else:
         groups = int(group[-1]) + 1
         codes = unpack(tensors["scale_codes"], recipe["scale_bits"], lines * groups).view(lines, groups)
-        scale = Scales(codes, tensors["scale_above"], recipe["scale_bits"], recipe["scale_group"]).values()
+        stored = {name: recipe[f"scale_{name}"] for name in ("bits", "signed")} | {"size": recipe["scale_group"]}
+        scale = Scales(codes, tensors["scale_above"], **stored).values()
     zero = unpack(tensors["zero"], recipe["bits"], scale.numel()).view(scale.shape) if "zero" in tensors else None
     return scale, zero, group
 

@@ -1,7 +1,8 @@
 """Scales of groups that are themselves quantized: 4 to 8 bits for each group, and a float16 scale above several groups.
 
 A group's scale is the float16 that is nearest to `above · (code + 1) / 2^bits`, so it is never zero, and whatever reads
-a level (kernels, exports, the methods themselves) meets a float16 scale as of any other grid.
+a level (kernels, exports, the methods themselves) meets a float16 scale as of any other grid. Where scales may be
+negative, the highest bit of a code is the sign, and the rest the code.
 
 Source: K-quants of llama.cpp, and double quantization of QLoRA, arXiv:2305.14314, section 3; both have a code of zero
 for groups of zeros, which a zero point says as well.
@@ -32,28 +33,24 @@ class Scales:
         above: (lines, supers), with values that float16 holds; supers = ceil(groups / size), 1 if size is -1.
         bits: of a code.
         size: groups under one scale above, -1 for all of a line.
+        signed: the highest bit of a code is the sign of the scale.
     """
 
     codes: Tensor
     above: Tensor
     bits: int
     size: int
+    signed: bool = False
 
     def values(self) -> Tensor:
         """The scale of every group: (lines, groups), in the dtype of `above`, with values that float16 holds."""
-        return scale_of(self.codes, spread(self.above, self.codes.shape[1], self.size), self.bits)
-
-
-def scale_of(codes: Tensor, above: Tensor, bits: int) -> Tensor:
-    """The scales that codes stand for, in the dtype of `above`."""
-    scale = nearest_float16(above.double() * (codes.double() + 1) / 2**bits)
-    return scale.to(above.dtype)
-
-
-def code_of(scale: Tensor, above: Tensor, bits: int) -> Tensor:
-    """Codes of the nearest scales, in the dtype of `scale`; a scale above `above` gets the largest."""
-    codes: Tensor = ((scale / above) * 2**bits).nan_to_num(0).round() - 1
-    return codes.clamp(0, 2**bits - 1)
+        above = spread(self.above, self.codes.shape[1], self.size)
+        top = 2 ** (self.bits - self.signed)
+        codes = self.codes.double()  # bytes cannot be compared with 256
+        negative = codes >= top
+        sizes = codes - top * negative
+        scale = nearest_float16(above.double() * (sizes + 1) / top)
+        return scale.where(~negative, -scale).to(self.above.dtype)
 
 
 def spread(above: Tensor, groups: int, size: int) -> Tensor:
@@ -71,14 +68,18 @@ def largest(scale: Tensor, size: int) -> Tensor:
     return padded.view(len(scale), -1, size).amax(2)
 
 
-def quantized_scales(scale: Tensor, bits: int, size: int) -> Scales:
+def quantized_scales(scale: Tensor, bits: int, size: int, *, signed: bool = False) -> Scales:
     """The nearest quantized scales, under the largest of each super-group.
 
     Args:
         scale: (lines, groups), with values that float16 holds.
+        signed: some may be negative.
     """
-    above = largest(scale, size)
-    return Scales(code_of(scale, spread(above, scale.shape[1], size), bits), above, bits, size)
+    sizes, top = scale.abs(), 2 ** (bits - signed)
+    above = largest(sizes, size)
+    shares = (sizes / spread(above, scale.shape[1], size)).nan_to_num(0)
+    codes = (shares * top).round().sub(1).clamp(0, top - 1)
+    return Scales(codes + top * (scale < 0), above, bits, size, signed)
 
 
 def nearest_float16(scale: Tensor) -> Tensor:

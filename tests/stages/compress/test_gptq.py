@@ -63,7 +63,7 @@ def reference_grid(G: Matrix, bits: int, options: dict[str, Any], costs: Matrix)
         tried = []
         for step in range(int((1 - LEAST_SHARE[bits]) / 0.05 + 1.5)):
             (scale,), (zero,) = reference_range(row[None], bits, options["sym"], 1 - 0.05 * step)
-            if options["sym"] and options["scale_bits"] == 16 and row.max() > -row.min():
+            if options["sym"] and row.max() > -row.min():
                 scale = -scale
             error = (on_grid(row, scale, zero, bits) - row) ** 2
             tried.append((np.sum(error * costs if options["grid"] == "hessian" else error), scale, zero))
@@ -77,9 +77,10 @@ def stored(scale: Matrix, zero: Matrix, bits: int, options: dict[str, Any]) -> t
     scale_bits, size = options["scale_bits"], options["scale_group"]
     if scale_bits == 16:
         return scale, zero
-    size, top = scale.shape[1] if size == -1 else size, 2**scale_bits
-    above = np.stack([scale[:, g // size * size : (g // size + 1) * size].max(1) for g in range(scale.shape[1])], 1)
-    values = half(above * np.clip(np.round(scale / above * top), 1, top) / top)
+    size, sizes, sign = scale.shape[1] if size == -1 else size, np.abs(scale), np.sign(scale)
+    top = 2 ** (scale_bits - int((scale < 0).any()))
+    above = np.stack([sizes[:, g // size * size : (g // size + 1) * size].max(1) for g in range(scale.shape[1])], 1)
+    values = sign * half(above * np.clip(np.round(sizes / above * top), 1, top) / top)
     return values, zero if options["sym"] else np.clip(np.round(zero * scale / values), 0, 2**bits - 1)
 
 

@@ -46,7 +46,8 @@ def grids() -> Iterator[tuple[str, dict[str, object], Tensor, dict[str, Tensor |
         codes = torch.randint(0, 2**bits, (ROWS, COLUMNS), generator=generator)
         scale: Tensor | Scales = (torch.rand((lines, groups), generator=generator) + 0.5).half().float()
         if scale_bits != WHOLE:
-            scale = quantized_scales(scale, scale_bits, above)
+            negative = bits == 3 and sym
+            scale = quantized_scales(-scale if negative else scale, scale_bits, above, signed=negative)
         zero = torch.randint(0, 2**bits, (lines, groups), generator=generator).float()
         order = torch.randperm(COLUMNS, generator=generator)
         group = None if ordered else (torch.arange(COLUMNS) // size)[order]
@@ -109,7 +110,9 @@ def test_a_grid_means_code_less_zero_times_scale_times_input_scale_and_pays_for_
         if isinstance(scale, Scales):
             overhead += scale.codes.numel() * scale.bits + 16 * scale.above.numel()
             above = [scale.above[:, 0 if scale.size == -1 else g // scale.size] for g in range(scale.codes.shape[1])]
-            exact = torch.stack(above, 1).double() * (scale.codes.double() + 1) / 2**scale.bits
+            top = 2 ** (scale.bits - scale.signed)
+            sizes = scale.codes.double() % top + 1
+            exact = torch.stack(above, 1).double() * sizes / top * torch.where(scale.codes < top, 1, -1)
             values = torch.from_numpy(exact.numpy().astype(np.float16)).double()
         else:
             assert scale is not None
