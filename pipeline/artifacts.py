@@ -16,7 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,14 @@ class Artifact:
         folder: where it stands.
         digest: the hash of what is in it; two keys may give the same.
         material: what the key was made from.
+        rows: how many rows of each results table were written with it.
     """
 
     key: str
     folder: Path
     digest: str
     material: Mapping[str, Any]
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 class ArtifactStore:
@@ -86,7 +88,8 @@ class ArtifactStore:
         try:
             manifest = unsealed((folder / MANIFEST).read_bytes())
             files = {name: (int(file["size"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-            artifact = Artifact(key, folder, digest_of(manifest["files"]), dict(manifest["material"]))
+            material, rows = dict(manifest["material"]), dict(manifest["rows"])
+            artifact = Artifact(key, folder, digest_of(manifest["files"]), material, rows)
             if any(Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name for name in files):
                 raise ValueError("it names files outside of its folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,7 +108,12 @@ class ArtifactStore:
             raise CorruptArtifact(f"{path} is not what was written: its checksum differs")
 
     def publish(
-        self, key: str, folder: Path, material: Mapping[str, Any], items: Mapping[Path, str] | None = None
+        self,
+        key: str,
+        folder: Path,
+        material: Mapping[str, Any],
+        items: Mapping[Path, str] | None = None,
+        rows: Mapping[str, int] | None = None,
     ) -> Artifact:
         """Make a finished folder the artifact of a key; if somebody else was first, theirs stays.
 
@@ -114,6 +122,7 @@ class ArtifactStore:
             folder: what is to be in it.
             material: what the key was made from.
             items: SHA-256 of files that items left, by path; those that are linked into the folder must still have it.
+            rows: how many rows of each results table were written with it.
         Raises:
             DiskFull: the file system took no more.
             CorruptArtifact: a file of an item has changed since it was written.
@@ -131,11 +140,11 @@ class ArtifactStore:
                 raise CorruptArtifact(
                     f"{path} is not what was written: its checksum differs", hint="run again: it is made anew"
                 )
-        manifest = {"key": key, "files": files, "material": material}
+        manifest = {"key": key, "files": files, "material": material, "rows": dict(rows or {})}
         replace_file(folder / MANIFEST, sealed(manifest, indent=1), self.tmp)
         publish_folder(folder, self.folder(key))
         self.digests.save()
-        return Artifact(key, self.folder(key), digest_of(files), material)
+        return Artifact(key, self.folder(key), digest_of(files), material, dict(rows or {}))
 
     def discard_work(self, key: str) -> None:
         """Remove what a published artifact was made with; a process killed right after publishing left it behind."""

@@ -53,22 +53,24 @@ def publish_file(path: Path, data: bytes, tmp: Path) -> bool:
     return created
 
 
-def replace_file(path: Path, data: bytes, tmp: Path) -> None:
+def replace_file(path: Path, data: bytes, tmp: Path, *, durable: bool = True) -> None:
     """Give a file new content in one step, for what changes over time (a status); durable when this returns.
 
     Args:
         path: the name, existing or not; missing parent folders are made.
         data: the whole new content. A reader sees the old or the new, never a mix.
         tmp: as in `publish_file`.
+        durable: False for what can be made again: a power cut may then leave anything under the name.
     Raises:
         DiskFull: the file system took no more; the old content is untouched.
         StoreError: a link would lead the file elsewhere.
     """
     refuse_links(tmp.parent, path)
     make_folder(path.parent)
-    with _written(path, data, tmp) as temporary, disk_full_named(path, len(data)):
+    with _written(path, data, tmp, durable) as temporary, disk_full_named(path, len(data)):
         temporary.replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
 
 
 def publish_folder(src: Path, dst: Path) -> bool:
@@ -156,8 +158,8 @@ def disk_full_named(path: Path, size_bytes: int | None = None) -> Iterator[None]
 
 
 @contextmanager
-def _written(path: Path, data: bytes, tmp: Path) -> Iterator[Path]:
-    """The content under a temporary name, on the device; the name is gone at the end, whatever happens."""
+def _written(path: Path, data: bytes, tmp: Path, durable: bool = True) -> Iterator[Path]:
+    """The content under a temporary name, on the device if it must; the name is gone at the end, whatever happens."""
     refuse_links(tmp.parent, tmp)
     make_folder(tmp)
     temporary = tmp / f"{os.getpid()}-{secrets.token_hex(8)}"
@@ -165,7 +167,8 @@ def _written(path: Path, data: bytes, tmp: Path) -> Iterator[Path]:
         with disk_full_named(path, len(data)), temporary.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """The results store: append rows, read them back, as plain Parquet files that need no layerwise to be read.
 
-Each batch of rows becomes one immutable file, `tables/<table>/run=<run id>/<stage key>-<first seq>-<last seq>.parquet`,
-published whole or not at all. The name says which rows it holds, so committing a batch again after a crash meets the
-file of the first time and changes nothing. Only the process that drives a run writes its rows.
+Each batch of rows becomes one immutable file below `tables/<table>/run=<run id>/`, published whole or not at all. Its
+name says which rows it holds, so committing a batch again after a crash meets the file of the first time and changes
+nothing; and it says what its bytes are, so that none is read that has changed (`row_files.py`). Only the process that
+drives a run writes its rows.
 
 A stage's rows belong to its key, not to the run that happened to compute them, and an interrupted stage may be computed
 again by another run. `Store` therefore gives each (stage key, seq) once. A reader without layerwise sees every row of
@@ -16,21 +17,27 @@ run. pyarrow and pandas are imported by the first call that needs them.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import StoreError, UsageError
-from layerwise.results.durable import make_folder, publish_file
+from layerwise.results.durable import make_folder, publish_file, replace_file
+from layerwise.results.row_files import RowFiles
 from layerwise.results.schema import COMMON, RUN_TABLES, SCHEMA_VERSION, TABLES, arrow_schema, columns_of
+from layerwise.results.sealed import SEAL, Damaged, sealed, unsealed
 
 if TYPE_CHECKING:
     import pandas as pd
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Format of the folder; raised when an older layerwise would misread it."""
@@ -51,6 +58,8 @@ class Store:
     """A results folder; get one from `Store.open`."""
 
     root: Path
+    mends: bool = field(default=False, compare=False)
+    """Whether files of tables that are damaged or missing are put back from their copies: of a store for writing."""
 
     @classmethod
     def open(cls, root: Path, create: bool = False) -> Store:
@@ -61,13 +70,13 @@ class Store:
             create: make it if it is missing, for writing.
         Raises:
             UsageError: there is no results folder, or none can be made there.
-            StoreError: it was written by a newer layerwise, or its marker file is damaged.
+            StoreError: it was written by a newer layerwise.
         """
         marker = root / MARKER
         if create:
             try:
                 make_folder(root)
-                publish_file(marker, json.dumps({"format": FORMAT}).encode() + b"\n", root / "tmp")
+                publish_file(marker, sealed({"format": FORMAT}), root / "tmp")
             except OSError as error:
                 raise UsageError(
                     f"cannot use {root} as a results folder: {error.strerror}", hint="choose another with --results"
@@ -78,10 +87,15 @@ class Store:
                 f"{root} is not a results folder: {found}",
                 hint="run a workflow first, or say with --results where its results are",
             )
-        _check_format(marker)
+        _check_format(marker, mend=create)
         if create and not os.access(root, os.W_OK):
             raise UsageError(f"cannot write to the results folder {root}", hint="choose another with --results")
-        return cls(root)
+        return cls(root, mends=create)
+
+    @cached_property
+    def files(self) -> RowFiles:
+        """The files of the tables."""
+        return RowFiles(self.root, self.mends)
 
     def append(
         self,
@@ -127,8 +141,8 @@ class Store:
         records = [{**common, "seq": seq, **_checked(table, row)} for seq, row in enumerate(rows, first_seq)]
         # Rows about the run differ between its attempts; what a stage computes does not, and a repetition may collide.
         suffix = f"-a{attempt}" if table in RUN_TABLES else ""
-        name = f"{(stage_key or 'run')[:16]}-{first_seq:09d}-{first_seq + len(rows) - 1:09d}{suffix}.parquet"
-        return publish_file(self._folder(table) / f"run={run_id}" / name, _parquet(table, records), self.root / "tmp")
+        name = f"{(stage_key or 'run')[:16]}-{first_seq:09d}-{first_seq + len(rows) - 1:09d}{suffix}"
+        return self.files.add(table, run_id, name, _parquet(table, records))
 
     def read(
         self,
@@ -148,9 +162,10 @@ class Store:
         Returns:
             The rows by run and stage; those of one stage together, by seq, even if two runs computed parts of it. Each
             (stage key, seq) occurs once, from the lowest attempt. Empty, with the right columns, when nothing is there.
+            A file that is damaged or missing is read from its copy; without one its rows are left out, with a warning.
         Raises:
             UsageError: no such table or column.
-            StoreError: a file of the table is damaged.
+            StoreError: a file of the table cannot be read, though it is as it was written.
         """
         import pandas as pd
         import pyarrow as pa
@@ -177,14 +192,14 @@ class Store:
         records: list[dict[str, Any]] = self._arrow(table, run, stage_key, columns).to_pylist()
         return records
 
-    def _folder(self, table: str) -> Path:
-        return self.root / "tables" / table
+    def holds(self, stage_key: str, counts: Mapping[str, int]) -> bool:
+        """Whether all rows of a stage are there.
 
-    def _files(self, table: str, run: str | None) -> Iterator[Path]:
-        """The table's files. Names that start with `.` or `_` are nobody's rows, by the convention of all readers."""
-        folder = self._folder(table)
-        for part in sorted(folder.glob("run=*")) if run is None else [folder / f"run={run}"]:
-            yield from sorted(path for path in part.glob("*.parquet") if not path.name.startswith((".", "_")))
+        Args:
+            stage_key: the stage's key.
+            counts: how many it wrote, by table.
+        """
+        return all(self.files.count(table, stage_key) >= count for table, count in counts.items())
 
     def _arrow(
         self, table: str, run: str | None, stage_key: str | Collection[str] | None, columns: Sequence[str] | None
@@ -201,35 +216,50 @@ class Store:
                 f"table {table} has no column {', '.join(unknown)}", hint=f"it has {', '.join(columns_of(table))}"
             )
         schema = arrow_schema(table)  # a file of an older layerwise lacks some of its columns: they read as NULL
-        files = [str(path) for path in self._files(table, run)]
-        keys = [stage_key] if isinstance(stage_key, str) or stage_key is None else list(stage_key)
+        keys = [stage_key] if isinstance(stage_key, str) else None if stage_key is None else list(stage_key)
+        files = [str(path) for path in self.files.sound(table, run, keys)]
+        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         try:
-            rows = ds.dataset(files, schema=schema, format="parquet").to_table(
+            rows = ds.dataset(
+                files, schema=schema, format=ds.ParquetFileFormat(default_fragment_scan_options=options)
+            ).to_table(
                 columns=list(dict.fromkeys([*names, *COMMON])),
-                filter=None if stage_key is None else ds.field("stage_key").isin(pa.array(keys, pa.string())),
+                filter=None if keys is None else ds.field("stage_key").isin(pa.array(keys, pa.string())),
             )
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise StoreError(
-                f"a file of table {table} in {self.root} is damaged: {error}",
-                hint="move that file away; its rows are lost, all others stay readable",
+                f"a file of table {table} in {self.root} cannot be read: {error}",
+                hint="move that file away; all others stay readable",
             ) from error
         return rows.take(pa.array(_order(table, rows), pa.int64())).select(names)
 
 
-def _check_format(marker: Path) -> None:
+def _check_format(marker: Path, mend: bool) -> None:
+    """Refuse a folder of a newer layerwise. A marker that is damaged says nothing, and is written again."""
     try:
-        found = json.loads(marker.read_bytes())["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(
-            f"{marker} is damaged: it names no format",
-            hint=f'write {{"format": {FORMAT}}} into it, or choose another folder with --results',
-        ) from error
+        found = _format(marker)
+    except (Damaged, OSError) as error:
+        found = FORMAT
+        logger.warning("%s is damaged (%s)%s", marker, error, ": it was written again" if mend else "")
+        if mend:
+            replace_file(marker, sealed({"format": FORMAT}), marker.parent / "tmp")
     if found != FORMAT:
         raise StoreError(
             f"results folder {marker.parent} was written by a newer layerwise "
             f"(format {found}, this one reads {FORMAT})",
             hint="upgrade layerwise, or choose another folder with --results",
         )
+
+
+def _format(marker: Path) -> Any:
+    data = marker.read_bytes()
+    try:
+        plain = json.loads(data)
+    except ValueError:
+        plain = None
+    if isinstance(plain, dict) and "format" in plain and SEAL not in plain:
+        return plain["format"]  # of a layerwise before the seals
+    return unsealed(data).get("format")
 
 
 def _demand(holds: bool, otherwise: str) -> None:
@@ -267,13 +297,13 @@ def _parquet(table: str, records: list[dict[str, Any]]) -> bytes:
 
     schema = arrow_schema(table)
     columns = []
-    for field in schema:
+    for column in schema:
         try:
-            columns.append(pa.array([record.get(field.name) for record in records], field.type))
+            columns.append(pa.array([record.get(column.name) for record in records], column.type))
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise AssertionError(f"{table}.{field.name} takes {field.type}: {error}") from error
+            raise AssertionError(f"{table}.{column.name} takes {column.type}: {error}") from error
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), buffer, compression="zstd", write_page_checksum=True)
     data: bytes = buffer.getvalue().to_pybytes()
     return data
 

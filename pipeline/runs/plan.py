@@ -81,8 +81,12 @@ class Planner:
         plan.material = key_material(node, inputs, self.sources)
         plan.key = digest_of(plan.material)
         try:
-            plan.artifact = self.artifacts.find(plan.key)
-            plan.reason = "" if plan.artifact else self._explain(node.id, plan.key, plan.material)
+            found = self.artifacts.find(plan.key)
+            if found is not None and not self.store.holds(found.key, found.rows):
+                plan.reason = "its rows are missing"
+            else:
+                plan.artifact = found
+                plan.reason = "" if found else self._explain(node.id, plan.key, plan.material)
         except CorruptArtifact:
             plan.reason = "damaged"  # and moved away by whoever makes it again
         return plan

@@ -101,6 +101,7 @@ class Run:
             StoreError: another process runs the same, and it is not to be waited for.
         """
         with locked(self.folder / "lock", self._wait if wait else self._refuse, root=self.store.root):
+            self.store.files.mend(self.id)
             self.keep_workflow()
             account = Account(
                 self.store,
@@ -188,17 +189,18 @@ class Run:
         assert key is not None, "every input is there by now"
         with self.artifacts.claim(key, lambda pid: self.display.note(f"waiting: process {pid} makes stage {node.id}")):
             found = self._find(key)
-            if found is not None:
+            if found is not None and self.store.holds(key, found.rows):
                 self._hit(plan, found, account)
                 return found
             self.display.start(node.id, node.stage.name, plan.reason)
             with self._accounted(plan, account) as row:
                 work = self.artifacts.work(key)
                 executor = self._journaled(node, work, opened())
-                context = self._context(node, key, work, executor, account)
+                written: dict[str, int] = {}  # rows by table
+                context = self._context(node, key, work, executor, account, written)
                 with disk_full_named(work):
                     node.stage.run(context, node.params)
-                    artifact = self.artifacts.publish(key, context.out, plan.material, executor.files)
+                    artifact = self.artifacts.publish(key, context.out, plan.material, executor.files, written)
                 self.artifacts.discard_work(key)
                 row["output_digest"] = artifact.digest
                 row["items_total"], row["items_cached"] = executor.items_total, executor.items_cached
@@ -230,7 +232,9 @@ class Run:
             progress=partial(self._progress, node.id),
         )
 
-    def _context(self, node: Node, key: str, work: Path, executor: Executor, account: Account) -> Context:
+    def _context(
+        self, node: Node, key: str, work: Path, executor: Executor, account: Account, written: dict[str, int]
+    ) -> Context:
         """All that a stage may touch; its folders are made."""
         out, items = work / "out", work / "items"
         refuse_links(self.store.root, work)
@@ -241,7 +245,6 @@ class Run:
             shutil.rmtree(out)  # of an attempt that was killed; its finished items stand under `items`
         for folder in (out, items):
             make_folder(folder)
-        written: dict[str, int] = {}  # rows by table
 
         def record(table: str, rows: Sequence[Row]) -> None:
             first = written.get(table, 0)

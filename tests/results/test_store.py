@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 
 from layerwise.errors import DiskFull, StoreError, UsageError
 from layerwise.results.schema import COMMON, RUN_TABLES, TABLES, arrow_schema, columns_of
+from layerwise.results.sealed import sealed
 from layerwise.results.store import Store
 
 KEY = "ab" * 32
@@ -102,12 +104,19 @@ def test_file_names_say_which_rows_they_hold(store: Store) -> None:
     put(store, [{}, {}], first_seq=14)
     put(store, [{}], table="runs", stage_key=None, attempt=3)
     put(store, [{}], table="stages", attempt=3)
-    names = {str(path.relative_to(store.root / "tables")) for path in (store.root / "tables").rglob("*.parquet")}
-    assert names == {
-        "candidates/run=r1/abababababababab-000000014-000000015.parquet",
-        "runs/run=r1/run-000000000-000000000-a3.parquet",
-        "stages/run=r1/abababababababab-000000000-000000000-a3.parquet",
-    }
+    names = {}
+    for tree in ("tables", "copies"):
+        for path in (store.root / tree).rglob("*.parquet"):
+            rows, checksum, _ = path.name.split(".")
+            assert hashlib.sha256(path.read_bytes()).hexdigest()[:16] == checksum
+            names[f"{tree}/{path.relative_to(store.root / tree).parent}/{rows}"] = path.read_bytes()
+    places = [
+        "candidates/run=r1/abababababababab-000000014-000000015",
+        "runs/run=r1/run-000000000-000000000-a3",
+        "stages/run=r1/abababababababab-000000000-000000000-a3",
+    ]
+    assert set(names) == {f"{tree}/{place}" for tree in ("tables", "copies") for place in places}
+    assert all(names[f"tables/{place}"] == names[f"copies/{place}"] for place in places)
 
 
 def test_rows_of_a_stage_that_were_computed_twice_occur_once_from_the_lowest_attempt(store: Store) -> None:
@@ -300,13 +309,6 @@ def test_files_of_the_second_version_are_read_beside_new_ones(store: Store) -> N
     assert store.read("levels")["size_bytes"].tolist() == [999, 0]
 
 
-def test_a_damaged_file_is_named(store: Store) -> None:
-    put(store, [{"candidate": "a"}])
-    next((store.root / "tables").rglob("*.parquet")).write_bytes(b"PAR1 but no more")
-    with pytest.raises(StoreError, match="abababababababab-000000000-000000000"):
-        store.read("candidates")
-
-
 def test_reading_what_does_not_exist_names_what_does(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the tables are runs, stages"):
         store.read("colours")
@@ -326,11 +328,19 @@ def test_a_store_of_a_newer_format_is_refused(store: Store) -> None:
         assert "upgrade" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "nonsense"])
-def test_a_damaged_marker_is_named(store: Store, content: str) -> None:
-    (store.root / "layerwise-store.json").write_text(content)
-    with pytest.raises(StoreError, match=r"layerwise-store\.json is damaged"):
-        Store.open(store.root)
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "nonsense", sealed({"format": 1}).decode().replace('"format": 1', '"format": 3')]
+)
+def test_a_damaged_marker_is_named_and_written_again_by_whoever_writes(
+    store: Store, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    marker = store.root / "layerwise-store.json"
+    whole = marker.read_bytes()
+    marker.write_text(content)
+    for create in (False, True, False):
+        assert Store.open(store.root, create=create) == store
+    assert [record.getMessage().partition(" is damaged")[0] for record in caplog.records] == [str(marker)] * 2
+    assert marker.read_bytes() == whole
 
 
 def test_opening_again_keeps_what_is_there(store: Store) -> None:

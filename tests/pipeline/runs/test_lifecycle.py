@@ -113,7 +113,8 @@ def forge(run: Any, number: int, **changes: Any) -> None:
 
 def seem_running(run: Any, number: int = 1) -> None:
     """A run that says it is at work, as this process."""
-    shutil.rmtree(run.store.root / "tables" / "runs")
+    for tree in ("tables", "copies"):
+        shutil.rmtree(run.store.root / tree / "runs")
     facts = {"name": "flow", "status": "running", "resolved": json.dumps(run.resolved), "executor": "inline"}
     attempt = read_attempt(run.folder, number)
     assert attempt is not None

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -421,3 +422,25 @@ def test_a_cached_run_reads_no_file_that_did_not_change(workshop: Any, monkeypat
     monkeypatch.setattr("hashlib.file_digest", lambda stream, name: hashed.append(stream.name))
     workshop.run()
     assert not hashed
+
+
+def test_rows_of_a_deleted_table_come_back(workshop: Any) -> None:
+    run, _ = workshop.run()
+    before = {table: run.store.rows(table) for table in ("runs", "stages", "units")}
+    shutil.rmtree(workshop.results / "tables")
+    run, display = workshop.run()
+    assert display.of("cached") == STAGES
+    for table, rows in before.items():
+        assert run.store.rows(table)[: len(rows)] == rows
+        assert list((workshop.results / "tables" / table).rglob("*.parquet"))
+
+
+def test_rows_that_are_lost_for_good_are_missed_and_made_again(workshop: Any) -> None:
+    run, _ = workshop.run()
+    rows = run.store.read("units").drop(columns=["attempt", "written_at"])
+    for tree in ("tables", "copies"):
+        shutil.rmtree(workshop.results / tree / "units")
+    run, display = workshop.run()
+    assert display.started == dict.fromkeys(("numbers", "aside"), "its rows are missing")
+    assert run.store.read("units").drop(columns=["attempt", "written_at"]).equals(rows)
+    assert workshop.run()[1].of("cached") == STAGES
