@@ -80,7 +80,9 @@ def solver_promises(solver: str | Solve, claims: Claims = Claims()) -> list[Prom
         f"an answer keeps the limits and tells its true loss and cost ({form})": partial(_answers, solve, claims, form)
         for form in FORMS
     }
-    kept |= {f"what it does not take is refused ({form})": partial(_refuses, solve, form) for form in claims.refuses}
+    kept |= {
+        f"what it does not take is refused ({form})": partial(_refuses, solve, form) for form in sorted(claims.refuses)
+    }
     kept |= {text: partial(check, solve) for text, check in EVERY.items()}
     if not claims.without_losses:
         kept["a problem without losses is refused"] = partial(_needs_losses, solve)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ collect_ignore = ["example_package"]
 """A project of its own, whose tests run where it is installed; see `test_example_package.py`."""
 
 ROOT = Path(__file__).parents[1]
+WHOLE = ("tests/pipeline/", "tests/kernels/")
+"""Folders whose files share what is made once in a test session and takes long: a Ray, kernels compiled for GPUs."""
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 
@@ -25,6 +28,19 @@ def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of the processes that share the tests one takes a whole file, and a whole folder where that is in `WHOLE`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadPlaceScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", maxsplit=1)[0]
+            return next((folder for folder in WHOLE if file.startswith(folder)), file)
+
+    return LoadPlaceScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
