@@ -11,7 +11,6 @@ Files of layerwise before the checksums stand as `<rows>.parquet`, without a cop
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import secrets
 import stat
@@ -23,14 +22,11 @@ from pathlib import Path
 from layerwise.results.durable import make_folder, publish_file, replace_file
 from layerwise.results.links import refuse_links
 from layerwise.results.schema import COMMON, TABLES, arrow_schema
-
-logger = logging.getLogger(__name__)
+from layerwise.results.told import warn_once
 
 _NAME = re.compile(
     r"(?P<rows>(?P<key>[^-]{1,16})-(?P<first>\d{9,18})-(?P<last>\d{9,18})(-a\d{1,9})?)(\.(?P<checksum>[0-9a-f]{16}))?\.parquet"
 )
-
-_told: set[str] = set()  # what this process has warned of
 
 
 @dataclass(frozen=True)
@@ -278,7 +274,4 @@ def _odd(path: Path) -> str | None:
 
 
 def _tell(path: Path, what: str, hint: bool = False) -> None:
-    text = f"{path} {what}"
-    if text not in _told:
-        _told.add(text)
-        logger.warning("%s%s", text, "; running its workflow again makes them anew" if hint else "")
+    warn_once(f"{path} {what}{'; running its workflow again makes them anew' if hint else ''}")

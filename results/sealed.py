@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from layerwise.results.told import warn_once
 
 SEAL = "sha256"
 """The member that holds the digest."""
@@ -57,3 +60,14 @@ def unsealed(data: bytes) -> dict[str, Any]:
     if seal != digest_of(document):
         raise Damaged("its checksum differs")
     return document
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The document of a file; None if there is no such file, or, with a warning, if it is damaged."""
+    try:
+        return unsealed(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, Damaged) as error:
+        warn_once(f"{path} is damaged ({error}): it is passed over")
+        return None

@@ -16,7 +16,7 @@ import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 OLDEST_PYTHON = (3, 11)
 _NEEDED = ("numpy", "pyarrow", "pydantic", "ray", "safetensors", "scipy", "torch", "transformers", "yaml")
@@ -56,9 +56,9 @@ def drive(results: Path, run: str, number: int, nonce: str) -> None:
     from layerwise.errors import UsageError
     from layerwise.pipeline.cluster.submission import read_submission
     from layerwise.pipeline.display import LineDisplay
-    from layerwise.pipeline.runs.run import WORKFLOW, Run
+    from layerwise.pipeline.runs.kept_workflow import WORKFLOW, damage_of, read_kept
+    from layerwise.pipeline.runs.run import Run
     from layerwise.pipeline.workflow import load_workflow
-    from layerwise.pipeline.workflow.yaml12 import load_file
 
     folder, here = results / "runs" / run, "on " + socket.gethostname() + ", where the job runs"
     submission = read_submission(folder, number)
@@ -75,7 +75,11 @@ def drive(results: Path, run: str, number: int, nonce: str) -> None:
             f"not visible {here}: {', '.join(missing)}",
             hint="put it where every machine of the cluster sees it under the same path, or let it be shipped",
         )
-    written: Any = load_file(folder / WORKFLOW).plain()
+    written = read_kept(folder / WORKFLOW)
+    if written is None:
+        raise UsageError(
+            f"{folder / WORKFLOW} {damage_of(folder / WORKFLOW)}, seen {here}", hint="submit the workflow file again"
+        )
     attempt = Run(load_workflow("workflow.yaml"), results, LineDisplay(), written)
     if attempt.id != run:
         raise UsageError(

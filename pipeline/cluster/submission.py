@@ -7,7 +7,6 @@ nonce, which tells it that the folder it sees is the folder that was written. A 
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from layerwise.errors import UsageError
 from layerwise.pipeline.cluster.connection import plain_address
 from layerwise.results.durable import publish_file
+from layerwise.results.sealed import read_sealed, sealed
 
 _LONGEST_ID = 150
 """Characters; Ray names log files after it, and file names end at 255 bytes."""
@@ -68,7 +68,7 @@ def publish_submission(folder: Path, submission: Submission, tmp: Path) -> bool:
         tmp: for the unfinished file, on the same file system.
     """
     record = {**asdict(submission), "submitted_at": submission.submitted_at.isoformat()}
-    return publish_file(submission_file(folder, submission.number), json.dumps(record, indent=1).encode() + b"\n", tmp)
+    return publish_file(submission_file(folder, submission.number), sealed(record, indent=1), tmp)
 
 
 def submission_numbers(folder: Path) -> list[int]:
@@ -78,8 +78,10 @@ def submission_numbers(folder: Path) -> list[int]:
 
 def read_submission(folder: Path, number: int) -> Submission | None:
     """The record of a submission; None if there is none or it cannot be read."""
+    record = read_sealed(submission_file(folder, number))
+    if record is None:
+        return None
     try:
-        record = json.loads(submission_file(folder, number).read_bytes())
         return Submission(
             number=number,
             job=_plain(record["job"], r"[A-Za-z0-9._-]+"),
@@ -92,7 +94,7 @@ def read_submission(folder: Path, number: int) -> Submission | None:
             submitted_at=datetime.fromisoformat(record["submitted_at"]),
             nonce=str(record["nonce"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, UsageError):
+    except (ValueError, KeyError, TypeError, UsageError):
         return None
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from layerwise.errors import StoreError
 from layerwise.pipeline.cluster.submission import submission_numbers
 from layerwise.pipeline.runs.process import Process
 from layerwise.results.durable import publish_file
+from layerwise.results.sealed import read_sealed, sealed
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def last_number(folder: Path) -> int:
 
 def _publish(folder: Path, attempt: Attempt, tmp: Path) -> bool:
     record = {**asdict(attempt), "started_at": attempt.started_at.isoformat()}
-    return publish_file(_file(folder, attempt.number), json.dumps(record, indent=1).encode() + b"\n", tmp)
+    return publish_file(_file(folder, attempt.number), sealed(record, indent=1), tmp)
 
 
 def attempt_numbers(folder: Path) -> list[int]:
@@ -80,8 +80,10 @@ def attempt_numbers(folder: Path) -> list[int]:
 
 def read_attempt(folder: Path, number: int) -> Attempt | None:
     """The record of an attempt; None if there is none or it cannot be read."""
+    record = read_sealed(_file(folder, number))
+    if record is None:
+        return None
     try:
-        record = json.loads(_file(folder, number).read_bytes())
         return Attempt(
             number,
             Process(**record["process"]),
@@ -89,7 +91,7 @@ def read_attempt(folder: Path, number: int) -> Attempt | None:
             tuple(record["argv"]),
             datetime.fromisoformat(record["started_at"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -21,9 +21,10 @@ from layerwise.pipeline.cluster.submission import Submission, read_submission, s
 from layerwise.pipeline.consent import NotNamed, name_model, trusts_model
 from layerwise.pipeline.display import Display
 from layerwise.pipeline.runs.attempt import attempt_numbers, read_attempt
+from layerwise.pipeline.runs.kept_workflow import kept_workflow
 from layerwise.pipeline.runs.log import log_file
 from layerwise.pipeline.runs.process import Process
-from layerwise.pipeline.runs.run import WORKFLOW, Run
+from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.runs.status import LIVE, RunState, attempt_status, run_state
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.pipeline.workflow.report import suggest
@@ -252,9 +253,7 @@ def reopen(store: Store, state: RunState, display: Display, trust: bool = False)
         )
     if state.live:
         display.note(f"{state.host} cannot be asked whether it still runs {state.run}; its lock will say")
-    path = store.root / "runs" / state.run / WORKFLOW
-    if not path.is_file():
-        raise UsageError(f"{path} is missing", hint="run the workflow file again: what is finished is found")
+    path = kept_workflow(store, state.run)
     workflow = load_workflow(path)
     if trust and workflow.model.trust:
         name_model(workflow.model.name)

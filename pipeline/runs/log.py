@@ -11,7 +11,6 @@ stands in the tables.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from layerwise.errors import LayerwiseError
 from layerwise.pipeline.display import Display, Displays, LineDisplay, Pace, SilentDisplay, clock
 from layerwise.results.links import open_plain, refuse_links, unfinished
+from layerwise.results.sealed import read_sealed, sealed
 
 SECONDS_BETWEEN_UPDATES = 1.0
 """How often `progress.json` is written within one stage."""
@@ -56,9 +56,10 @@ class Progress:
 
 def read_progress(folder: Path) -> Progress | None:
     """What the run of a folder last said of itself; None if it said nothing that can be read."""
+    record = read_sealed(_progress_file(folder))
     try:
-        return Progress(**json.loads(_progress_file(folder).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return None if record is None else Progress(**record)
+    except TypeError:
         return None
 
 
@@ -185,7 +186,7 @@ class ProgressFile(SilentDisplay):
             self._last, self._written = time.monotonic(), self._now
             path = _progress_file(self._folder)
             with suppress(OSError), unfinished(path) as temporary:
-                temporary.write_text(json.dumps(asdict(self._now)) + "\n")
+                temporary.write_bytes(sealed(asdict(self._now)))
                 temporary.replace(path)
 
 

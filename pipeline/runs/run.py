@@ -28,17 +28,14 @@ from layerwise.pipeline.executors.raw import process_peak_rss_bytes
 from layerwise.pipeline.fetch import Fetched, fetch
 from layerwise.pipeline.runs.account import Account
 from layerwise.pipeline.runs.attempt import begin_attempt
+from layerwise.pipeline.runs.kept_workflow import keep_workflow
 from layerwise.pipeline.runs.log import recorded
 from layerwise.pipeline.runs.plan import Planner, StagePlan
 from layerwise.pipeline.workflow import Node, Workflow
-from layerwise.pipeline.workflow.yaml12 import dump
-from layerwise.results.durable import disk_full_named, make_folder, replace_file
+from layerwise.results.durable import disk_full_named, make_folder
 from layerwise.results.links import refuse_links, refuse_links_below
 from layerwise.results.store import Store
 from layerwise.stages.contract import Context, Executor, Row
-
-WORKFLOW = "workflow.yaml"
-"""The file in a run's folder that holds its workflow, with nothing left to defaults or to other files."""
 
 
 class Run:
@@ -141,9 +138,7 @@ class Run:
 
     def keep_workflow(self) -> None:
         """All that it takes to run this again, wherever the workflow file has gone."""
-        path, text = self.folder / WORKFLOW, dump(self.resolved).encode()
-        if not path.is_file() or path.read_bytes() != text:
-            replace_file(path, text, self.artifacts.tmp)
+        keep_workflow(self.folder, self.resolved, self.artifacts.tmp)
 
     @contextmanager
     def _recorded(self, attempt: int) -> Iterator[None]:

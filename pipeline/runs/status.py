@@ -21,9 +21,8 @@ from layerwise.pipeline.cluster.liveness import Clusters, Verdict, judge
 from layerwise.pipeline.cluster.submission import Submission, read_submission
 from layerwise.pipeline.display import clock, left
 from layerwise.pipeline.runs.attempt import Attempt, attempt_numbers, last_number, read_attempt
+from layerwise.pipeline.runs.kept_workflow import WORKFLOW, read_kept
 from layerwise.pipeline.runs.log import Progress, read_progress
-from layerwise.pipeline.runs.run import WORKFLOW
-from layerwise.pipeline.workflow.yaml12 import load_file
 from layerwise.results.runs import find_run, latest_runs, latest_stages, runs_table
 from layerwise.results.store import Store, is_run_id
 
@@ -189,7 +188,9 @@ def _without_rows(store: Store, rows: Iterable[Mapping[str, Any]]) -> list[dict[
     for path in (store.root / "runs").glob(f"*/{WORKFLOW}"):
         if path.parent.name in known or not is_run_id(path.parent.name):
             continue
-        workflow: Any = load_file(path).plain()
+        workflow = read_kept(path)
+        if workflow is None:
+            continue
         at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
         found.append(
             {

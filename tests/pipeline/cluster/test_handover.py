@@ -22,6 +22,7 @@ import pytest
 
 from layerwise.pipeline.runs.attempt import read_attempt
 from layerwise.results.frontier import frontier_table
+from layerwise.results.sealed import sealed, unsealed
 from layerwise.results.store import Store
 
 pytestmark = pytest.mark.ray
@@ -431,9 +432,9 @@ def test_a_killed_job_is_interrupted_everywhere_and_goes_on_at_another_cluster_w
         (folder / "submissions" / "0001.json", head.dashboard, gone),
         (folder / "attempts" / "0001.json", f'"host": "{attempt.process.host}"', '"host": "far-away"'),
     ):
-        text = path.read_text()
+        text = json.dumps(unsealed(path.read_bytes()))
         assert old in text
-        path.write_text(text.replace(old, new))
+        path.write_bytes(sealed(json.loads(text.replace(old, new))))
     state = layerwise("status", run, "--results", results, "--address", gone)
     assert f"{run}: running, attempt 1 (ray), started " in state.out
     assert "far-away (not checked)" in state.out

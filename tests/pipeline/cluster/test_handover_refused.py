@@ -15,6 +15,7 @@ from layerwise.pipeline.cluster.jobs import Jobs
 from layerwise.pipeline.cluster.submission import read_submission
 from layerwise.pipeline.consent import name_cluster
 from layerwise.pipeline.runs import lifecycle
+from layerwise.results.sealed import sealed, unsealed
 from layerwise.results.store import Store
 
 SECRET = "5ecret" * 8
@@ -255,7 +256,7 @@ def test_a_resume_to_a_cluster_that_is_gone_says_how_to_name_another_place(
     run, job = pending
     cluster.jobs[job]["status"] = "STOPPED"
     record = results / "runs" / run / "submissions" / "0001.json"
-    record.write_text(record.read_text().replace(cluster.address, GONE))
+    record.write_bytes(sealed({**unsealed(record.read_bytes()), "address": GONE}))
     name_cluster(GONE)
     elsewhere = "; or --address URL for another cluster, --executor ray to go on here"
     lost = layerwise("resume", run)

@@ -26,10 +26,13 @@ from layerwise.pipeline.display import SilentDisplay
 from layerwise.pipeline.runs import attempt as attempt_module
 from layerwise.pipeline.runs import lifecycle
 from layerwise.pipeline.runs.attempt import read_attempt
+from layerwise.pipeline.runs.kept_workflow import damage_of
 from layerwise.pipeline.runs.lifecycle import follow_log, read_log, reopen, stop
+from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.runs.status import attempt_status, run_state, run_states
 from layerwise.pipeline.workflow import load_workflow
 from layerwise.results.frontier import frontier_table
+from layerwise.results.sealed import sealed
 from layerwise.results.store import Store
 
 SCRIPT = Path(__file__).parents[1] / "fake_stages.py"
@@ -108,7 +111,8 @@ def forge(run: Any, number: int, **changes: Any) -> None:
     path = run.folder / "attempts" / f"{number:04}.json"
     record = json.loads(path.read_bytes())
     record["process"] |= changes
-    path.write_text(json.dumps(record))
+    del record["sha256"]
+    path.write_bytes(sealed(record))
 
 
 def seem_running(run: Any, number: int = 1) -> None:
@@ -280,11 +284,39 @@ def test_a_record_of_an_older_layerwise_proves_nothing(workshop: Any, layerwise:
     (run.folder / "attempts" / "0001.json").write_text("{}\n")
     assert "an unknown host (not checked)" in layerwise("status").out
     shutil.rmtree(run.folder / "log")
-    (run.folder / "workflow.yaml").unlink()
     assert "left no log" in layerwise("logs").err
+
+
+def spoil_a_digit(path: Path) -> None:
+    path.write_text(path.read_text().replace("scale: 10", "scale: 11"))
+
+
+def spoil_the_end(path: Path) -> None:
+    path.write_text(path.read_text()[:-100])
+
+
+@pytest.mark.parametrize("spoil", [spoil_a_digit, spoil_the_end, Path.unlink])
+def test_a_kept_workflow_that_is_damaged_or_missing_comes_back_from_the_tables(
+    workshop: Any, layerwise: Layerwise, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = workshop.run()
+    seem_running(run)
+    forge(run, 1, started="1")
+    path = run.folder / "workflow.yaml"
+    spoil(path)
+    resumed = layerwise("resume", "flow")
+    assert resumed.code == 0, resumed.err
+    assert damage_of(path) is None
+    assert Run(load_workflow(path), workshop.results, SilentDisplay()).id == run.id
+    assert f"{path} is" in caplog.text
+    assert "written again, from the tables" in caplog.text
+    for tree in ("tables", "copies"):
+        shutil.rmtree(workshop.results / tree / "runs")
+    assert layerwise("status").code == 0
+    spoil(path)
     refused = layerwise("resume", "flow")
     assert refused.code == 2
-    assert "workflow.yaml is missing\nhint: run the workflow file again" in refused.err
+    assert "Traceback" not in refused.err
 
 
 def test_looking_at_runs_loads_neither_torch_nor_ray(workshop: Any) -> None:

@@ -70,16 +70,16 @@ def test_an_error_is_there_with_its_hint_and_a_mistake_of_ours_with_its_place(wo
 
 
 def test_a_disk_without_room_for_a_line_does_not_stop_the_run(workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
     def full(*arguments: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def full_for_progress(path: Path, text: str) -> int:
-        return full() if path.name.startswith("progress") else write_text(path, text)
+    def full_for_progress(path: Path, data: bytes) -> int:
+        return full() if path.name.startswith("progress") else write_bytes(path, data)
 
     monkeypatch.setattr(runlog, "os", SimpleNamespace(**{**vars(os), "write": full}))
-    monkeypatch.setattr(Path, "write_text", full_for_progress)
+    monkeypatch.setattr(Path, "write_bytes", full_for_progress)
     run, _ = workshop.run()
     assert workshop.output(run, "sum") == 2
     assert log_file(run.folder, 1).read_bytes() == b""
