@@ -245,10 +245,13 @@ def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description="Every kernel beside its peers in one run.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    if parser.parse_args().device == "cuda":
+    parser.add_argument("--seconds", type=float, default=480.0, help="on a GPU no race begins after so many")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the page of a GPU")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
         from kernels_gpu import on_gpu
 
-        on_gpu(RESULTS)
+        on_gpu(arguments.results, arguments.seconds)
     else:
         on_cpu(SAMPLING)
 

@@ -32,7 +32,9 @@ def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of the processes that share the tests one takes a whole file, and a whole folder where that is in `WHOLE`."""
+    """With `--dist loadscope` one process takes a whole file, and a whole folder where that is in `WHOLE`."""
+    if config.getvalue("dist") != "loadscope":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class LoadPlaceScheduling(LoadScopeScheduling):
