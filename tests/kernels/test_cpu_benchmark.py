@@ -22,7 +22,7 @@ SECOND = FIRST | {"linear": 4.0, "mkl": 5.2, "int4pack": 1.0}
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script, on a small shape, with its page somewhere else; its own name belongs to a package of others."""
     folder = Path(__file__).parents[2] / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
@@ -59,20 +59,20 @@ def scripted(*runs: Mapping[str, float]) -> object:
     return time
 
 
-def test_a_choice_by_one_run_is_judged_by_the_times_of_another(benchmark: ModuleType) -> None:
+def test_a_choice_by_one_run_is_judged_by_the_times_of_another(script: ModuleType) -> None:
     def run(mkl: float, linear: float, int4: float) -> list[Row]:
         seen = [row("linear", "dense", linear), row("mkl", "dense", mkl), row("int4pack", "int4", int4)]
         return [*seen, row("mkl", "int2", 5.0, "no_kernel")]
 
-    judged = benchmark.judge(LatencyTable(this_device("cpu"), tuple(run(5.0, 6.0, 4.0)), {}), run(5.2, 4.0, 4.1))
+    judged = script.judge(LatencyTable(this_device("cpu"), tuple(run(5.0, 6.0, 4.0)), {}), run(5.2, 4.0, 4.1))
     assert [ratio for _, ratio in judged] == [pytest.approx(4.1 / 4.0), pytest.approx(5.2 / 4.0)]
 
 
 def test_the_page_shows_both_runs(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark, "time_cpu", scripted(FIRST, SECOND, {}))
-    benchmark.on_cpu(Sampling(rotate_bytes=0))
+    monkeypatch.setattr(script, "time_cpu", scripted(FIRST, SECOND, {}))
+    script.on_cpu(Sampling(rotate_bytes=0))
     page = (tmp_path / "kernels-cpu.md").read_text()
     assert "| int4-g128-sym | int4pack | 64 x 512 | 1 | 4.00 | 2.5 | met |" in page  # 5 over 1.25, of the first run
     assert "| int4-g128-sym | 64 x 512 | 1 | int4pack | measured | 1.000 | 4.000 | 0.250 |" in page  # of the second

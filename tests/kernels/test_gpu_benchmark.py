@@ -25,14 +25,14 @@ N, K = 28672, 4096
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module, which stands beside the other benchmarks."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     return pytest.importorskip("kernels_gpu")
 
 
 @pytest.fixture
-def page(benchmark: ModuleType) -> ModuleType:
+def page(script: ModuleType) -> ModuleType:
     """The module that writes its page."""
     return importlib.import_module("kernels_gpu_page")
 
@@ -83,10 +83,10 @@ def test_a_target_without_a_measured_product_says_so(page: ModuleType, constants
         assert [line.endswith("| not measured |") for line in target.lines(little, constants)] == [True]
 
 
-def test_every_target_has_a_race_that_measures_it(benchmark: ModuleType, page: ModuleType, constants: Any) -> None:
+def test_every_target_has_a_race_that_measures_it(script: ModuleType, page: ModuleType, constants: Any) -> None:
     rows = []
-    for shape, m, dtype, formats in benchmark.PLAN:
-        labels = [packed.label for packed in formats(benchmark.Weights((64, 1024)))]
+    for shape, m, dtype, formats in script.PLAN:
+        labels = [packed.label for packed in formats(script.Weights((64, 1024)))]
         entries = [("cublas", "dense"), *(("triton_quantized", label) for label in labels)]
         for backend, label in entries:
             made = row(backend, label, 0.01, m=m)
@@ -100,20 +100,20 @@ def test_every_target_has_a_race_that_measures_it(benchmark: ModuleType, page: M
     assert unmeasured == []
 
 
-def test_every_format_of_the_plan_has_a_kernel_on_a_gpu(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_format_of_the_plan_has_a_kernel_on_a_gpu(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.backends.cusparselt.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    for _, m, dtype, formats in benchmark.PLAN:
-        for packed in formats(benchmark.Weights((512, 1024))):
+    for _, m, dtype, formats in script.PLAN:
+        for packed in formats(script.Weights((512, 1024))):
             if packed.format == "unstructured" and m > 4:
                 continue  # runs as its dense weight
             backends = set(able(packed, Work(m, dtype, torch.device("cuda")))) - {"cublas"}
             assert backends, f"{packed.label} at {m} rows in {dtype}"
 
 
-def findings(benchmark: ModuleType, folder: Path, seconds: Callable[[], float] = lambda: 0.0) -> Any:
-    return benchmark.Findings(HERE, folder / "page.md", seconds, benchmark.Constants(3e9, 0.8e12, 0.002))
+def findings(script: ModuleType, folder: Path, seconds: Callable[[], float] = lambda: 0.0) -> Any:
+    return script.Findings(HERE, folder / "page.md", seconds, script.Constants(3e9, 0.8e12, 0.002))
 
 
 def race_of(n: int) -> Race:
@@ -121,7 +121,7 @@ def race_of(n: int) -> Race:
 
 
 def test_no_race_begins_after_the_deadline_and_what_fails_is_said(
-    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, seconds = list[int](), [0.0]
 
@@ -134,7 +134,7 @@ def test_no_race_begins_after_the_deadline_and_what_fails_is_said(
 
         for n in (1, 2, 3, 4, 5):
             seconds[0] += 1
-            yield benchmark.Planned(f"race {n}", lambda n=n: make(n))
+            yield script.Planned(f"race {n}", lambda n=n: make(n))
 
     def run(race: Race, lost: Any) -> list[Row]:
         n = race.weights[0].shape[0]
@@ -143,8 +143,8 @@ def test_no_race_begins_after_the_deadline_and_what_fails_is_said(
         lost("dense by slow", ValueError("no such thing"))
         return [row("cublas", "dense", 1.0, n=n)]
 
-    found = findings(benchmark, tmp_path, lambda: seconds[0])
-    benchmark.measure(found, planned(), run, 4.0)
+    found = findings(script, tmp_path, lambda: seconds[0])
+    script.measure(found, planned(), run, 4.0)
     assert made == [1, 2, 3, 4], "weights beyond the deadline are not even made"
     assert [row.n for row in found.rows.values()] == [1, 4]
     assert found.left_out == [
@@ -159,17 +159,17 @@ def test_no_race_begins_after_the_deadline_and_what_fails_is_said(
     assert all(f"{n} s: race {n}" in told for n in (1, 2, 3, 4, 5))
 
 
-def test_what_was_measured_is_on_the_page_before_the_next_race_begins(benchmark: ModuleType, tmp_path: Path) -> None:
-    found = findings(benchmark, tmp_path)
+def test_what_was_measured_is_on_the_page_before_the_next_race_begins(script: ModuleType, tmp_path: Path) -> None:
+    found = findings(script, tmp_path)
 
     def run(race: Race, lost: Any) -> list[Row]:
         if race.weights[0].shape[0] == 2:
             raise KeyboardInterrupt
         return [row("cublas", "dense", 1.0, n=1)]
 
-    planned = [benchmark.Planned(f"race {n}", lambda n=n: race_of(n)) for n in (1, 2)]
+    planned = [script.Planned(f"race {n}", lambda n=n: race_of(n)) for n in (1, 2)]
     with pytest.raises(KeyboardInterrupt):
-        benchmark.measure(found, planned, run, 4.0)
+        script.measure(found, planned, run, 4.0)
     assert f"| cublas | dense | 1 x {K}, 1 rows |" in (tmp_path / "page.md").read_text()
 
 
@@ -184,7 +184,7 @@ def test_a_page_without_constants_and_dense_times_is_still_written(page: ModuleT
 
 
 def test_a_wrong_backend_leaves_the_others_of_its_label_in_the_race(
-    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raced = []
 
@@ -195,13 +195,13 @@ def test_a_wrong_backend_leaves_the_others_of_its_label_in_the_race(
     def broken() -> Any:
         raise RuntimeError("no bandwidth")
 
-    monkeypatch.setattr(benchmark, "this_device", lambda kind: HERE)
-    monkeypatch.setattr(benchmark, "constants_of_device", broken)
-    monkeypatch.setattr(benchmark, "check", lambda lost: (["| e |"], {("tinygemm", "int4"), ("cublas", "int8")}))
-    monkeypatch.setattr(benchmark, "races", lambda: [benchmark.Planned("race", lambda: race_of(1))])
-    monkeypatch.setattr(benchmark, "run_race", run_race)
-    monkeypatch.setattr(benchmark, "eager", lambda lost: ["| l |"])
-    benchmark.on_gpu(tmp_path)
+    monkeypatch.setattr(script, "this_device", lambda kind: HERE)
+    monkeypatch.setattr(script, "constants_of_device", broken)
+    monkeypatch.setattr(script, "check", lambda lost: (["| e |"], {("tinygemm", "int4"), ("cublas", "int8")}))
+    monkeypatch.setattr(script, "races", lambda: [script.Planned("race", lambda: race_of(1))])
+    monkeypatch.setattr(script, "run_race", run_race)
+    monkeypatch.setattr(script, "eager", lambda lost: ["| l |"])
+    script.on_gpu(tmp_path)
     assert raced == [["triton_quantized"]]
     text = (tmp_path / "kernels-some-gpu.md").read_text()
     assert "- constants of the device: RuntimeError: no bandwidth" in text
