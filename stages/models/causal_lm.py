@@ -5,15 +5,16 @@ the inputs of each block (masks, rotary embeddings, positions), so we let it run
 recorder that passes the hidden state through. What the recorder saw is how each block must be called. In the same way
 the head is the model's own `forward` with every block bypassed. Masks that differ from block to block (Gemma 2) come
 out right by themselves. When a model is loaded its parts are tried on a few tokens, in a batch of two, and it is
-refused if they do not give the model's own logits.
+refused if they do not give the model's own logits, or if its logits depend on tokens that come later.
 
-Left out: encoder-decoder models, and blocks that exchange more than the hidden state; these are refused.
+Of a model that takes more than text (images, sound) it is the text model, with all else left as it is. Left out:
+encoder-decoder models, encoders, and blocks that exchange more than the hidden state; these are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,8 @@ from layerwise.stages.models.units import Answer, patched, units_of_block, units
 
 TRIAL = (2, 6)
 """Batch and length of the tokens that a model is tried on when it is loaded."""
+
+_ONLY_HIDDEN = "layerwise takes decoder-only models whose blocks pass on nothing but the hidden state"
 
 
 @dataclass
@@ -63,7 +66,9 @@ class CausalLM:
         self.model = model.eval().requires_grad_(False)
         with suppress(AttributeError, ValueError):  # a family without experts has nothing to set
             self.model.set_experts_implementation("eager")  # type: ignore[operator]  # one by one, so that each is seen
-        self.block_path, self.blocks = _find_blocks(model)
+        self._trial = _trial_ids(model)
+        whole = self._run_whole()
+        self.block_path, self.blocks = _find_blocks(model, self._trial)
         self.n_blocks = len(self.blocks)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._answers: list[Answer | None] = [None] * self.n_blocks
@@ -72,7 +77,7 @@ class CausalLM:
         self.uncovered: tuple[Uncovered, ...] = ()
         self.one_piece: dict[int, str] = {}
         self._silenced: dict[str, dict[str, Answer]] = {}
-        self._examine()
+        self._examine(whole)
 
     @classmethod
     def load(cls, source: ModelSource) -> CausalLM:
@@ -140,14 +145,50 @@ class CausalLM:
     # --- finding out what it is made of ---
 
     @torch.no_grad()
-    def _examine(self) -> None:
-        """Find the units and check that the parts are the model."""
-        vocabulary = int(getattr(self.model.config.get_text_config(), "vocab_size", 2))  # type: ignore[union-attr,operator]
-        batch, length = TRIAL
-        ids = (torch.arange(batch * length).reshape(batch, length) * 7 + 3) % max(1, vocabulary)
-        whole = self.logits(ids)
+    def _run_whole(self) -> Tensor:
+        """The logits of the trial tokens, of a model that runs on tokens and predicts each from those before it."""
+        name = type(self.model).__name__
+        try:
+            whole = self.logits(self._trial)
+            changed = self._trial.clone()
+            half = changed.shape[1] // 2
+            changed[:, half:] = self._trial[:, half:].flip(-1).roll(1, 0)
+            moved = (self.logits(changed) - whole).abs().nan_to_num()
+        except Exception as error:  # whatever a family's code raises
+            raise UnsupportedModel(
+                f"{name} does not run on token ids alone: {type(error).__name__}: {error}",
+                hint="layerwise takes decoder-only models, which need nothing beside text",
+            ) from error
+        # What the dtype rounds off is far below, what a token tells far above the square root of its precision.
+        if moved[:, :half].max() > torch.finfo(whole.dtype).eps ** 0.5 * moved.max():
+            raise UnsupportedModel(
+                f"{name} is not causal: what it says of a token depends on later ones, so it predicts nothing",
+                hint="an encoder (BERT) is no language model; if this one was trained as a decoder, its config.json "
+                "must say so (is_decoder: true)",
+            )
+        return whole
+
+    @torch.no_grad()
+    def _examine(self, whole: Tensor) -> None:
+        """Find the units and check that the parts give the logits of the whole."""
+        try:
+            units, parents, uncovered, parts = self._taken_apart()
+        except UnsupportedModel:
+            raise
+        except Exception as error:  # whatever a block raises that misses what another one would have left for it
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: its blocks do not run one by one: {type(error).__name__}: {error}",
+                hint=_ONLY_HIDDEN,
+            ) from error
+        self._check(parts, whole)
+        self.units = self._with_outside(units)
+        self.parents = tuple(parents)
+        self.uncovered = (*uncovered, *self._uncovered_outside())
+
+    def _taken_apart(self) -> tuple[list[Unit], list[Unit], list[Uncovered], Tensor]:
+        """Units, parents and uncovered weights of all blocks, and the logits that the parts give."""
         units, parents, uncovered = [], [], []
-        stream = self.begin(ids)
+        stream = self.begin(self._trial)
         hidden = stream.hidden
         for index in range(self.n_blocks):
             found = units_of_block(self, index, hidden, stream)
@@ -158,10 +199,7 @@ class CausalLM:
             if found.one_piece:
                 self.one_piece[index] = found.one_piece
             hidden = found.output
-        self._check(self.end(hidden, stream), whole)
-        self.units = self._with_outside(units)
-        self.parents = tuple(parents)
-        self.uncovered = (*uncovered, *self._uncovered_outside())
+        return units, parents, uncovered, self.end(hidden, stream)
 
     def _with_outside(self, units: Sequence[Unit]) -> tuple[Unit, ...]:
         """The units of the blocks with those that stand outside, in the order of first use."""
@@ -176,7 +214,7 @@ class CausalLM:
         raise UnsupportedModel(
             f"{type(self.model).__name__}: its blocks, run one by one, give other logits than the model "
             f"(they differ by up to {difference:.3g})",
-            hint="layerwise takes decoder-only models whose blocks pass on nothing but the hidden state",
+            hint=_ONLY_HIDDEN,
         )
 
     def _uncovered_outside(self) -> Iterator[Uncovered]:
@@ -203,8 +241,8 @@ class CausalLM:
             state, args, kwargs = _split_hidden(args, kwargs)
             if not calls:
                 hidden.append(state)
-                if self._answers[0] is None:
-                    self._learn_answers(state, args, kwargs)
+            if self._answers[index] is None:
+                self._answers[index] = self._answer(index, state, args, kwargs)
             calls.append((args, kwargs))
             if len(calls) == self.n_blocks:
                 raise _Stop
@@ -219,13 +257,14 @@ class CausalLM:
             )
         return Stream(ids, hidden[0], calls)
 
-    def _learn_answers(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _answer(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
         """In which form a block answers, from its first call: some give a tuple, and their model unpacks it."""
-        output = type(self.blocks[0]).forward(self.blocks[0], hidden, *args, **kwargs)
+        block = self.blocks[index]
+        output = type(block).forward(block, hidden, *args, **kwargs)
         answer = Answer.of(output)
         if answer is None:
-            raise UnsupportedModel(f"{type(self.blocks[0]).__name__} answers with a {type(output).__name__}")
-        self._answers = [answer] * self.n_blocks
+            raise UnsupportedModel(f"{type(block).__name__} answers with a {type(output).__name__}", hint=_ONLY_HIDDEN)
+        return answer
 
     @torch.no_grad()
     def run_block(self, index: int, hidden: Tensor, stream: Stream) -> Tensor:
@@ -331,14 +370,32 @@ def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor
     return kwargs["hidden_states"], (), rest
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList that is the depth of the model: as long as the config says, of one class."""
+def _trial_ids(model: nn.Module) -> Tensor:
+    """Token ids (batch, length) to try a model on; the sequences differ."""
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 2))  # type: ignore[union-attr,operator]
+    batch, length = TRIAL
+    return (torch.arange(batch * length).reshape(batch, length) * 7 + 3) % max(1, vocabulary)
+
+
+def _find_blocks(model: nn.Module, ids: Tensor) -> tuple[str, nn.ModuleList]:
+    """The ModuleList that is the depth of the model: as long as the config says, and each of its modules runs."""
     config: Any = model.config
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(block) for block in module}) == 1:
-            return name, module
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    }
+    ran: set[nn.Module] = set()
+    with ExitStack() as stack, torch.no_grad():
+        for block in {block for blocks in lists.values() for block in blocks}:
+            handle = block.register_forward_pre_hook(lambda module, args: ran.add(module))
+            stack.callback(handle.remove)
+        model(input_ids=ids, use_cache=False)
+    for name, blocks in lists.items():
+        if ran.issuperset(blocks):
+            return name, blocks
     raise UnsupportedModel(
-        f"{type(model).__name__}: no ModuleList of {depth} equal blocks",
+        f"{type(model).__name__}: no ModuleList of {depth} blocks that all run",
         hint="layerwise takes decoder-only models whose blocks stand in one ModuleList",
     )

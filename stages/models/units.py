@@ -48,7 +48,7 @@ class Answer:
         """None for an answer of another form."""
         if isinstance(output, Tensor):
             return cls(output.shape[-1], None)
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
             return cls(output[0].shape[-1], len(output))
         return None
 
@@ -236,7 +236,7 @@ class _Calls:
 
 
 def _copied(output: Any) -> Any:
-    if isinstance(output, tuple):
+    if isinstance(output, tuple | list):
         return tuple(map(_copied, output))
     return output.clone() if isinstance(output, Tensor) else output
 
@@ -294,7 +294,7 @@ def _mixes_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     kwargs = {name: changed if value is hidden else value for name, value in kwargs.items()}
     with torch.no_grad():
         answer = module(*args, **kwargs)
-    before, after = (value[0] if isinstance(value, tuple) else value for value in (output, answer))
+    before, after = (value[0] if isinstance(value, tuple | list) else value for value in (output, answer))
     # Some answer with all tokens in one row.
     moved = (after - before).reshape(*hidden.shape[:-1], -1).abs().nan_to_num()
     later = moved[:, 1:] if hidden.dim() > 2 else moved[1:]

@@ -113,17 +113,58 @@ def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
         CausalLM.load(ModelSource(tmp_path))
 
 
-def test_a_model_without_a_list_of_equal_blocks_is_refused() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            text = SimpleNamespace(num_hidden_layers=2)
-            self.config = SimpleNamespace(get_text_config=lambda: text)
-            self.layers = nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])
-            self.experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(4)])
+class Odd(nn.Module):
+    """A model that runs one of its two blocks, and others; none, if it `fails`."""
 
-    with pytest.raises(UnsupportedModel, match="Odd: no ModuleList of 2 equal blocks"):
-        CausalLM(Odd())
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        text = SimpleNamespace(num_hidden_layers=2, vocab_size=8)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.fails = fails
+        self.embedding = nn.Embedding(8, 2)
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])
+        self.experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(4)])
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        if self.fails:
+            raise AttributeError("no pixel_values")
+        hidden = self.layers[0](self.embedding(input_ids))
+        for expert in self.experts:
+            hidden = expert(hidden)
+        return SimpleNamespace(logits=hidden @ self.embedding.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        (False, "Odd: no ModuleList of 2 blocks that all run"),
+        (True, "Odd does not run on token ids alone: AttributeError: no pixel_values"),
+    ],
+)
+def test_a_model_that_does_not_run_its_blocks_is_refused(fails: bool, told: str) -> None:
+    with pytest.raises(UnsupportedModel, match=told):
+        CausalLM(Odd(fails))
+
+
+@pytest.mark.parametrize("sees", ["before", "after"])
+def test_a_model_that_looks_ahead_is_refused(sees: str) -> None:
+    class Looking(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            turned = hidden if sees == "before" else hidden.flip(1)
+            total = turned.cumsum(1)
+            return hidden + (total if sees == "before" else total.flip(1)) / 4
+
+    class Model(Halving):
+        def __init__(self) -> None:
+            super().__init__(1.0)
+            self.layers = nn.ModuleList([Looking(), Looking()])
+
+    torch.manual_seed(0)
+    if sees == "before":
+        assert CausalLM(Model()).n_blocks == 2
+    else:
+        with pytest.raises(UnsupportedModel, match="Model is not causal: what it says of a token depends on later"):
+            CausalLM(Model())
 
 
 class Doubled(nn.Module):
