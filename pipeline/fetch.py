@@ -16,6 +16,7 @@ from layerwise.pipeline.workflow import Workflow
 from layerwise.pipeline.workflow.sources import Model, Text
 from layerwise.results.durable import replace_file
 from layerwise.stages.contract import ModelSource, TextSource
+from layerwise.stages.models.positions import length_for
 from layerwise.stages.models.trust import CODE, check_links
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.jinja")
@@ -51,14 +52,14 @@ def fetch(workflow: Workflow, root: Path, digests: FileDigests) -> Fetched:
         digests: remembers the hashes of files that did not change.
     Raises:
         UnsupportedModel: no model in the folder, or it cannot be fetched.
-        DataError: a dataset cannot be read.
+        DataError: a dataset cannot be read, or sequences are longer than the model takes.
     """
     folder = _model_folder(workflow.model)
     files = sorted({path for pattern in model_files(workflow.model) for path in folder.glob(pattern)})
     check_links(folder, files)
     contents = {path.name: digests.sha256(path) for path in files}
     trusted = {"trust": True} if workflow.model.trust else {}
-    texts = {name: _text_source(name, text, root) for name, text in workflow.data.items()}
+    texts = {name: _text_source(name, text, root, folder) for name, text in workflow.data.items()}
     return Fetched(
         ModelSource(folder, workflow.model.dtype, trust=workflow.model.trust),
         digest_of({"files": contents, "dtype": workflow.model.dtype, **trusted}),
@@ -96,9 +97,10 @@ def _download(model: Model) -> Path:
         ) from error
 
 
-def _text_source(name: str, text: Text, root: Path) -> TextSource:
+def _text_source(name: str, text: Text, root: Path, model: Path) -> TextSource:
+    length = length_for(name, text.sequence_length, model)
     paths = text.paths if text.dataset is None else (_dataset_text(name, text, root),)
-    return TextSource(name, paths, text.sequence_length, text.tokens)
+    return TextSource(name, paths, length, text.tokens)
 
 
 def _text_digest(source: TextSource, digests: FileDigests) -> str:

@@ -67,7 +67,9 @@ class TextEntry(Part):
         description="Text file or files, relative to this file, read in this order."
     )
     tokens: Count | None = Field(None, description="How many tokens to use (65536, 64k, 2Mi); all of them if left out.")
-    sequence_length: int = Field(2048, gt=1, description="Tokens of one sequence.")
+    sequence_length: int | None = Field(
+        None, gt=1, description="Tokens of one sequence; as many as the model takes, up to 2048, if left out."
+    )
 
 
 class DatasetEntry(Part):
@@ -78,7 +80,9 @@ class DatasetEntry(Part):
     split: str = Field("train", description="Split to read.")
     column: str = Field("text", description="Column that holds the text.")
     tokens: Count | None = Field(None, description="How many tokens to use (65536, 64k, 2Mi); all of them if left out.")
-    sequence_length: int = Field(2048, gt=1, description="Tokens of one sequence.")
+    sequence_length: int | None = Field(
+        None, gt=1, description="Tokens of one sequence; as many as the model takes, up to 2048, if left out."
+    )
 
 
 class ResourcesEntry(Part):

@@ -54,13 +54,13 @@ class Text:
     """An entry of `data:`: local files, or a dataset of the Hugging Face hub.
 
     Args:
-        sequence_length: tokens of one sequence.
+        sequence_length: tokens of one sequence; None for as many as the model takes, within reason.
         tokens: how many to use; None for all.
         paths: UTF-8 text files, absolute, in reading order; empty for a dataset.
         dataset: Hugging Face name, None for files; `config`, `split` and `column` say what of it to read.
     """
 
-    sequence_length: int
+    sequence_length: int | None
     tokens: int | None = None
     paths: tuple[Path, ...] = ()
     dataset: str | None = None

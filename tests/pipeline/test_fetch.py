@@ -39,6 +39,14 @@ def test_the_model_and_the_texts_are_given_as_stages_need_them(desk: Any) -> Non
     assert (calibration.sequence_length, calibration.tokens) == (128, 2048)
 
 
+def test_sequences_are_as_long_as_the_model_takes_and_longer_ones_are_refused(desk: Any) -> None:
+    (desk.folder / "model" / "config.json").write_text('{"max_position_embeddings": 128}')
+    found = fetched(desk, sets=["data.heldout={text: heldout.txt}"])
+    assert (found.data["calibration"].sequence_length, found.data["heldout"].sequence_length) == (128, 128)
+    with pytest.raises(DataError, match=r"data\.calibration: sequences of 129 tokens, but model takes at most 128"):
+        fetched(desk, sets=["data.calibration.sequence_length=129"])
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "tokenizer.model", "vocab.txt", "chat_template.jinja"]
 )
