@@ -123,10 +123,15 @@ class RowFiles:
 
     def damages(self) -> Iterator[Damage]:
         """Everything that is wrong, every file and every copy read."""
+        return (damage for damage in self.verdicts() if damage is not None)
+
+    def verdicts(self) -> Iterator[Damage | None]:
+        """For every file what is wrong with it or with its copy, None if nothing is; everything is read."""
         for table in TABLES:
             for place in self._places(table, None):
                 for name in sorted(self._names(place)):
-                    yield from self._damages_at(place, name)
+                    damages = list(self._damages_at(place, name))
+                    yield from damages if damages else (None,)
 
     def _damages_at(self, place: str, name: str) -> Iterator[Damage]:
         path, copy = (self.root / tree / place / name for tree in ("tables", "copies"))

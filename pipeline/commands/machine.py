@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,13 +92,16 @@ def doctor(
     address: Annotated[
         str | None, typer.Option(metavar="URL", help="also check the cluster there, e.g. http://127.0.0.1:8265")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--read-all", help="also read every file in the results folder and compare checksums")
+    ] = False,
     format_: Annotated[Literal["table", "json"], typer.Option("--format", help="how to print the findings")] = "table",
 ) -> None:
     """Check what layerwise needs: versions, Ray, this machine, the results folder, a cluster."""
-    from layerwise.pipeline.doctor import as_json, as_line, examine
+    from layerwise.pipeline.doctor import as_json, as_line, examine, read_all
 
     findings = []
-    for name, finding in examine(results, address):
+    for name, finding in chain(examine(results, address), read_all(results) if everything else ()):
         findings.append((name, finding))
         if format_ == "table":
             print(as_line(name, finding), flush=True)
