@@ -1,34 +1,36 @@
 """`export`: folders that other tools load, one file for each format.
 
-A format is a function `fn(source, out)` that writes a folder from a model:
+A format is a function `fn(source, out, *, ...)` that writes a folder from a model:
 
     source   a `ModelSource`, dense or compressed
     out      the folder, empty
+    ...      those of the settings of `export` that it has an argument for, by name
 
 Other packages join through the entry point group `layerwise.formats`, with the same `module:function` text.
 """
 
 from __future__ import annotations
 
+import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from layerwise.stages.contract import ModelSource
 from layerwise.stages.registry import lookup, names
 
 if TYPE_CHECKING:
     from layerwise.stages.models.checkpoint import Checkpoint
 
 FORMATS = {
+    "compressed_tensors": "layerwise.stages.export.compressed_tensors:compressed_tensors",
     "dense": "layerwise.stages.export.dense:dense",
     "native": "layerwise.stages.export.native:native",
 }
 
 FORMAT_GROUP = "layerwise.formats"
 
-Write = Callable[[ModelSource, Path], None]
+Write = Callable[..., None]
 
 
 def format_names() -> list[str]:
@@ -44,6 +46,12 @@ def find_format(name: str) -> Write:
     """
     write: Write = lookup(name, FORMATS, group=FORMAT_GROUP, kind="format")
     return write
+
+
+def options_of(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that the format of that name has an argument for."""
+    arguments = inspect.signature(find_format(name)).parameters
+    return {key: value for key, value in settings.items() if key in arguments}
 
 
 def copy_beside(checkpoint: Checkpoint, out: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from layerwise.errors import UsageError
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
-from layerwise.stages.export import FORMATS, find_format
+from layerwise.stages.export import FORMATS, find_format, options_of
+from layerwise.stages.export.shards import SHARD_BYTES
 from layerwise.stages.models.compressed import Document, source_of
+from layerwise.stages.quantities import ByteSize
 
 
 class ExportParams(Params):
@@ -20,18 +24,36 @@ class ExportParams(Params):
     format: str = Field(
         "dense",
         description="dense: decoded weights in the checkpoint's own dtype and files, for any tool; native: levels "
-        "encoded, in the predicted bytes, for layerwise",
+        "encoded, in the predicted bytes, for layerwise; compressed_tensors: packed linear layers, for transformers, "
+        "vLLM and SGLang",
         json_schema_extra={"examples": list(FORMATS)},
     )
+    any_bits: bool = Field(
+        False, description="compressed_tensors: also widths other than 4 and 8 bits, which not every reader takes"
+    )
+    asymmetric: bool = Field(
+        False, description="compressed_tensors: also grids with zero points, which transformers 5.23 does not reload"
+    )
+    shard_bytes: ByteSize = Field(SHARD_BYTES, description="compressed_tensors: largest weight file")
 
     @field_validator("format")
     @classmethod
     def _known(cls, value: str) -> str:
+        value = value.replace("-", "_")
         try:
             find_format(value)
         except UsageError as error:
             raise ValueError(error.message) from error
         return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that the format reads."""
+        return options_of(self.format, self.model_dump(exclude={"format"}))
+
+    def material(self) -> dict[str, Any]:
+        """Without what the format does not read."""
+        return {"format": self.format, **self.options}
 
 
 def export(context: Context, params: ExportParams) -> None:
@@ -41,14 +63,14 @@ def export(context: Context, params: ExportParams) -> None:
         UnsupportedModel: the format cannot hold the model.
     """
     model = context.input("model")
-    write = partial(_write, format_=params.format, out=context.out)
+    write = partial(_write, format_=params.format, options=params.options, out=context.out)
     context.executor.map(write, [source_of(model, context.model)], note="models")
     about = dict(Document.load(model).about)
     (context.out / "layerwise.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _write(source: ModelSource, *, format_: str, out: Path) -> None:
-    find_format(format_)(source, out)
+def _write(source: ModelSource, *, format_: str, options: Mapping[str, Any], out: Path) -> None:
+    find_format(format_)(source, out, **options)
 
 
 STAGE = Stage("export", ExportParams, export, gives="checkpoint", takes={"model": Port("model")})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerwise.stages.levels.grid import (
     along_outputs,
+    grid_columns,
     grid_label,
     grid_overhead_bits,
     grid_tensors,
@@ -57,6 +58,29 @@ def masked_grid_level(
     rows, columns = codes.shape
     reads = reading(scale, input_scale)
     return Level(name, {"encoding": "masked_grid", **recipe, **reads}, (rows, columns), tensors)
+
+
+def whole_grid(level: Level) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The grid of a `grid` or `masked_grid` level with a code for every weight; a pruned one has that of zero.
+
+    Returns:
+        codes (lines, length) uint8, scale (lines, groups) float16, zero (lines, groups) uint8 or None if symmetric.
+    """
+    import torch
+
+    from layerwise.kernels.packing import unpack
+
+    if level.recipe["encoding"] == "grid":
+        codes, scale, zero, _ = grid_columns(level)
+        return codes, scale.half(), zero
+    bits = level.recipe["bits"]
+    scale, zero, group = group_grids(level)
+    middle = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8) if zero is None else zero
+    codes = middle.index_select(1, group).contiguous()
+    row, column = kept(level).nonzero(as_tuple=True)
+    places = (column, row) if along_outputs(level.recipe) else (row, column)
+    codes[places] = unpack(level.tensors["codes"], bits, len(row))[0]
+    return codes, scale.half(), zero
 
 
 class MaskedGrid:
