@@ -55,8 +55,8 @@ class Candidate:
     def unit_names(self) -> tuple[str, ...]:
         return tuple(self.weights)
 
-    def weight(self, unit: str, level: int) -> Tensor | None:
-        return self.weights[unit] if level else None
+    def weight(self, unit: str, level: int, device: torch.device | str = "cpu") -> Tensor | None:
+        return self.weights[unit].to(device) if level else None
 
     def drops(self, unit: str, level: int) -> bool:
         return False

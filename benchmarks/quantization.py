@@ -160,7 +160,7 @@ class _Candidate:
     def unit_names(self) -> tuple[str, ...]:
         return tuple(self.weights)
 
-    def weight(self, unit: str, level: int) -> Tensor | None:
+    def weight(self, unit: str, level: int, device: torch.device | str = "cpu") -> Tensor | None:
         return self.weights[unit] if level else None
 
     def drops(self, unit: str, level: int) -> bool:

@@ -108,12 +108,14 @@ class ModelSource:
         dtype: that it is computed in.
         compressed: a `model` artifact whose levels are laid over it; see `layerwise.stages.models.compressed`.
         trust: whether code that stands in the folder may run; see `layerwise.stages.models.trust`.
+        device: that it is computed on, `cpu` or `cuda`.
     """
 
     path: Path
     dtype: str = "float32"
     compressed: Path | None = None
     trust: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,11 @@ class Context:
     executor: Executor
     record: Callable[[str, Sequence[Row]], None]
     progress: Callable[[int, int, str], None]
+
+    @property
+    def device(self) -> str:
+        """What the work is computed on, `cpu` or `cuda`; what is stored is on the CPU in any case."""
+        return self.model.device
 
     def input(self, port: str) -> Path:
         """The one artifact folder of a port."""

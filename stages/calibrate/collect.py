@@ -5,6 +5,8 @@ units multiply is measured; the results replace the hidden states, the statistic
 follows. So memory holds the hidden states once and the statistics of one block, whatever the depth. Units that read the
 same tensor (q, k and v) share what is measured of it. Batches come in a fixed order: same bytes every time.
 
+The hidden states wait on the CPU, and go to the network's device batch by batch; statistics add up on the device.
+
 Gradients need the whole model and are taken afterwards, sequence by sequence.
 """
 
@@ -75,8 +77,8 @@ def collect(
     gathered = Gathered()
     hidden_kept = [name for name, statistic in found.items() if statistic.of == "hidden"]
     of_inputs = {name: statistic for name, statistic in found.items() if statistic.of == "inputs"}
-    batches = sequences.split(batch_size)
-    hidden = [network.begin(batch).hidden for batch in batches]
+    batches = sequences.to(network.device).split(batch_size)
+    hidden = [network.begin(batch).hidden.cpu() for batch in batches]
     for position in range(network.n_blocks + 1):
         for name in hidden_kept:
             _save({"ids": sequences, "hidden": torch.cat(hidden)}, statistic_file(folder, name, position, shard))
@@ -86,7 +88,8 @@ def collect(
             with observed(network, members, measuring.add):
                 for number, batch in enumerate(batches):
                     # Masks and positions are made anew for each block: cheap, and of the hidden states' size if kept.
-                    hidden[number] = network.run_block(position, hidden[number], network.begin(batch))
+                    state = hidden[number].to(network.device)
+                    hidden[number] = network.run_block(position, state, network.begin(batch)).cpu()
         elif members:
             _see_the_head(network, members, hidden, batches, measuring)
         for name, tensors in measuring.totals.items():
@@ -114,7 +117,7 @@ def _see_the_head(
     with observed(network, members, see):
         for state, batch in zip(hidden, batches, strict=True):
             with suppress(_Enough):
-                network.end(state, network.begin(batch))
+                network.end(state.to(network.device), network.begin(batch))
 
 
 class _Measuring:
@@ -162,7 +165,7 @@ def _take_gradients(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
-        for ids in sequences.split(1):
+        for ids in sequences.to(network.device).split(1):
             logits = network.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
             for unit in units:
@@ -200,5 +203,5 @@ def merge(parts: Sequence[Path], target: Path, together: Callable[[Tensor, Tenso
 def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(target) as partial:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
         settle_file(partial, target)

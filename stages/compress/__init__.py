@@ -88,7 +88,8 @@ class Task:
 
     Args:
         weights: by unit, (out, in), on the device of the work; any float dtype, as in the checkpoint.
-        statistic: of a unit and a name, read when it is asked for; only those that the method `needs`.
+        statistic: of a unit and a name, read when it is asked for, onto the device of the weights; only those that the
+            method `needs`.
         units: the units themselves, by name. A parent has no weight.
         keep: by unit, (out, in) bool: what an earlier pruning left; a unit that was not pruned is not in it. A method
             keeps the pruned weights at zero.

@@ -19,6 +19,7 @@ from pydantic import Field
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, rtn
 from layerwise.stages.compress.grid import GridParams, check_finite, dequantize, fit, grid_or_masked, quantize
+from layerwise.stages.compress.precision import precision_recipe, working_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,8 @@ def _of_one_input(task: Task, names: Sequence[str], level_name: str, bits: int, 
 
     from layerwise.stages.calibrate.channels import MAGNITUDES
 
-    H = task.statistic(names[0], "hessian").double()
+    dtype = working_dtype(task.weights[names[0]].device)
+    H = task.statistic(names[0], "hessian").to(dtype)
     channels = task.statistic(names[0], "channels").double()
     check_finite(f"Hessian of {names[0]}", H)
     check_finite(f"channels of {names[0]}", channels)
@@ -89,13 +91,14 @@ def _of_one_input(task: Task, names: Sequence[str], level_name: str, bits: int, 
         for name, (_, _, _, values) in rounded.items():
             keep = task.keep.get(name)
             E = weights[name] - values * divisor * (1 if keep is None else keep)
+            E = E.to(dtype)
             error += float(((E @ H) * E).sum())  # ‖(Q(W · s) / s - W) X‖²   (eq. 4)
         if best is None or error < best[0]:
             best = error, alpha, divisor, rounded
     if best is None:
         raise NotFinite(f"no scale of the inputs of {names[0]} gives finite errors", hint="calibrate again")
     _, alpha, divisor, rounded = best
-    recipe = {**params.model_dump(mode="json"), "bits": bits, "alpha": alpha}
+    recipe = {**params.model_dump(mode="json"), "bits": bits, "alpha": alpha, **precision_recipe(dtype)}
     found = {}
     for name, (codes, scale, zero, _) in rounded.items():
         grid: dict[str, Any] = {"scale": scale, "zero": zero, "keep": task.keep.get(name)}

@@ -80,7 +80,7 @@ def _compress_block(
     run = BlockRun(network, block, [unit for unit, _ in located], ids, inputs, known.hidden(block + 1)[1])
     target = folder / str(item["number"])
     try:
-        made = find_compressor(entry.method).run(task_of(units, known, run), entry)
+        made = find_compressor(entry.method).run(task_of(units, known, source.device, run), entry)
     except NotFinite as error:
         target.mkdir(parents=True, exist_ok=True)
         unfinished = target / f"{block}.partial"
@@ -88,4 +88,4 @@ def _compress_block(
         settle_file(unfinished, target / f"{block}.failed")
         return
     for name, levels in made.items():
-        write_unit(target, name, levels)
+        write_unit(target, name, [level.to("cpu") for level in levels])

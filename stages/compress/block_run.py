@@ -20,9 +20,10 @@ class BlockRun:
         network: the model; its weights are put back after every run.
         index: of the block.
         units: of the block, those that are worked on.
-        ids: (sequences, length) token ids.
+        ids: (sequences, length) token ids; these and the next two may stay on the CPU whatever the network's device is,
+            and go there by batches.
         inputs: (sequences, length, width), hidden states before the block in the dense model.
-        outputs: the same after it: what a compressed block should answer.
+        outputs: the same after it: what a compressed block should answer; see `target`.
         batch_size: sequences that run at a time.
     """
 
@@ -56,8 +57,16 @@ class BlockRun:
         answers = []
         with installed(self.network, replaced), observed(self.network, watched, lambda u, X, _: seen(u.name, X)):
             for ids, hidden in zip(self.ids.split(self.batch_size), self.inputs.split(self.batch_size), strict=True):
-                answers.append(self.network.run_block(self.index, hidden, self.network.begin(ids)))
+                answers.append(self._run(ids, hidden).to(self.inputs.device))
         return torch.cat(answers)
+
+    def _run(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        device = self.network.device
+        return self.network.run_block(self.index, hidden.to(device), self.network.begin(ids.to(device)))
+
+    def target(self, sequences: Tensor) -> Tensor:
+        """What the block should answer to some of the inputs, (chosen, length, width), on the network's device."""
+        return self.outputs[sequences].to(self.network.device)
 
     def answer(self, tensors: Mapping[str, Tensor], sequences: Tensor) -> Tensor:
         """The block's answers to some of the inputs, (chosen, length, width), differentiable in the tensors given.
@@ -78,7 +87,8 @@ class BlockRun:
                 parameters[view.tensor] = stored
             else:  # one of several in a parameter
                 view.part(parameters.setdefault(view.tensor, whole.clone())).copy_(stored)
-        hidden, stream = self.inputs[sequences], self.network.begin(self.ids[sequences])
+        device = self.network.device
+        hidden, stream = self.inputs[sequences].to(device), self.network.begin(self.ids[sequences].to(device))
         return self.network.differentiable_block(self.index, hidden, stream, parameters)
 
     def groups(self) -> list[list[str]]:
@@ -93,9 +103,7 @@ class BlockRun:
                 names.append(unit.name)
 
         with observed(self.network, self.units, see):
-            self.network.run_block(
-                self.index, self.inputs[: self.batch_size], self.network.begin(self.ids[: self.batch_size])
-            )
+            self._run(self.ids[: self.batch_size], self.inputs[: self.batch_size])
         found = [names for names in readers.values() if names]
         reached = {name for names in found for name in names}
         return found + [[unit.name] for unit in self.units if unit.name not in reached]

@@ -1,9 +1,8 @@
 """`gptq`: quantize a layer column by column, and let the columns still to come make up for each error.
 
 All bit-widths of a unit come from one factorisation and go through one loop over the columns, side by side, because its
-many small steps cost less together than one after another. Everything is in float64, so that neither the order in which
-a machine adds up nor the blocking turns one code into another; that takes twice the time of float32, in which
-GPUs work. Times: `benchmarks/results/quantization.md`.
+many small steps cost less together than one after another. Everything is in the precision of `precision.py`, float64 as
+a rule. Times: `benchmarks/results/quantization.md`.
 
 Three differences from the published code, none in the method:
 - The factor U with UᵀU = H⁻¹ comes from one Cholesky factorisation, of H with rows and columns reversed, and one
@@ -28,6 +27,7 @@ from pydantic import AliasChoices, Field, model_validator
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, rtn
 from layerwise.stages.compress.grid import StoredGridParams, check_finite, dequantize, fit, grid_or_masked, quantize
+from layerwise.stages.compress.precision import precision_recipe, working_dtype
 from layerwise.stages.levels.scales import WHOLE, Scales
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ def quantized(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor |
     """
     check_finite("weight", weight)
     check_finite("Hessian", hessian)
-    import torch
-
-    dtype = torch.float32 if weight.is_cuda else torch.float64
+    dtype = working_dtype(weight.device)
     W, H = weight.detach().to(dtype).T.clone(), hessian.detach().to(weight.device, dtype, copy=True)
     dead = H.diagonal() == 0
     if dead.all():
@@ -134,7 +132,7 @@ def quantized(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor |
         "damp_percent": params.damp_percent,
         "damp_percent_used": damp_percent_used,
         "block_size": params.block_size,
-    }
+    } | precision_recipe(dtype)
     return [
         grid_or_masked(
             name,
@@ -204,7 +202,7 @@ def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     With J for reversal and L Lᵀ = J H J, U = J L⁻¹ J.
 
     Args:
-        H: (in, in), float64.
+        H: (in, in), float64 or float32.
         damp_percent: share of the mean diagonal to add; raised in steps of 0.01 as long as H is not positive definite.
     Returns:
         U, and the share that was added.

@@ -75,5 +75,6 @@ def _hessians(task: Task, step: list[str], done: Mapping[str, Tensor]) -> dict[s
     multiplied = [name for name in step[:1] if task.units[name].multiplied]
     task.block.watch(done, multiplied, add)
     width = task.units[step[0]].shape[1]
-    unseen = torch.zeros(width, width) if multiplied else torch.eye(width)
+    device = task.weights[step[0]].device
+    unseen = torch.zeros(width, width, device=device) if multiplied else torch.eye(width, device=device)
     return dict.fromkeys(step, shared.get(step[0], unseen))

@@ -27,6 +27,7 @@ from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry, Task
 from layerwise.stages.compress.gptq import inverse_factor
 from layerwise.stages.compress.grid import check_finite
+from layerwise.stages.compress.precision import precision_recipe, working_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,11 +138,12 @@ def trellis(task: Task, params: Params) -> Mapping[str, list[Level]]:
     weight, H = task.weights[task.unit], task.statistic(task.unit, "hessian")
     check_finite("weight", weight)
     check_finite("Hessian", H)
-    H = H.detach().double().clone()
+    dtype = working_dtype(weight.device)
+    H = H.detach().to(dtype, copy=True)
     dead = H.diagonal() == 0
     if dead.all():
         raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
-    W = weight.detach().double().clone()
+    W = weight.detach().to(dtype, copy=True)
     W[:, dead] = 0  # inputs that are always zero: their weights are free
     return {task.unit: coded(W, H, params, keep=task.keep.get(task.unit), damp_percent=params.damp_percent)}
 
@@ -152,8 +154,8 @@ def coded(
     """The levels of one weight.
 
     Args:
-        W: (out, in), float64, finite; not changed.
-        H: (in, in), float64, finite, `X Xᵀ` of the calibration inputs; None: all columns weigh alike.
+        W: (out, in), float64 or float32, finite; not changed.
+        H: (in, in), the same, finite, `X Xᵀ` of the calibration inputs; None: all columns weigh alike.
         keep: (out, in) bool: weights that are not pruned. Pruned ones stay zero; so that they do, nothing is turned.
         damp_percent: of H; see `inverse_factor`.
     """
@@ -166,7 +168,7 @@ def coded(
         "state_bits": params.state_bits,
         "columns": params.tile_columns(W.shape[0]),
         "seed": seed,
-    }
+    } | precision_recipe(W.dtype)
     if seed is not None:
         W = rotate_both(W, seed)
     U = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from layerwise.stages.compress import Task
 from layerwise.stages.compress.grid import check_finite
+from layerwise.stages.compress.precision import working_dtype
 from layerwise.stages.compress.trellis import TrellisParams, coded
 
 if TYPE_CHECKING:
@@ -33,4 +34,6 @@ def trellis_nearest(task: Task, params: Params) -> Mapping[str, list[Level]]:
     """
     weight = task.weights[task.unit]
     check_finite("weight", weight)
-    return {task.unit: coded(weight.detach().double(), None, params, keep=task.keep.get(task.unit))}
+    return {
+        task.unit: coded(weight.detach().to(working_dtype(weight.device)), None, params, keep=task.keep.get(task.unit))
+    }

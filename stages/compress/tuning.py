@@ -100,7 +100,7 @@ def tune(block: BlockRun, parts: Sequence[Part], *, steps: int, batch_size: int,
     best, best_step = [leaf.detach().clone() for leaf in leaves], 0
     for step in range(steps):
         remaining = 1 - step / steps  # the step size falls linearly
-        error = block.answer(_merged(parts), batch := next(batches)).float() - block.outputs[batch].float()
+        error = block.answer(_merged(parts), batch := next(batches)).float() - block.target(batch).float()
         gradients = torch.autograd.grad(error.square().mean(), leaves, allow_unused=True)
         with torch.no_grad():
             for one, gradient in zip(free, gradients, strict=True):
@@ -157,7 +157,7 @@ def _loss(block: BlockRun, parts: Sequence[Part], batches: Sequence[Tensor]) -> 
     tensors = _merged(parts)
     total, count = 0.0, 0
     for batch in batches:
-        error = block.answer(tensors, batch).float() - block.outputs[batch].float()
+        error = block.answer(tensors, batch).float() - block.target(batch).float()
         total += error.double().square().sum().item()
         count += error.numel()
     if not total < float("inf"):

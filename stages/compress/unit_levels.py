@@ -79,7 +79,8 @@ class Maker:
         self._stored, self._folder = stored, source.path
         self._statistics = None if statistics is None else Statistics(statistics)
         self._before = parent_level("keep") if stored is None else Weights(source).level(unit.name, stored)
-        self._task = task_of({unit.name: (unit, self._before)}, self._statistics)
+        self._device = source.device
+        self._task = task_of({unit.name: (unit, self._before)}, self._statistics, source.device)
 
     @property
     def _weight(self) -> Tensor | None:
@@ -91,7 +92,7 @@ class Maker:
         if self._statistics is None or self._weight is None or "hessian" not in self._statistics.gathered:
             return None
         known = self.unit.name in self._statistics.selected and (self.tokens != 0)
-        return self._statistics.tensor(self.unit, "hessian") if known else None
+        return self._task.statistic(self.unit.name, "hessian") if known else None
 
     def unchanged(self, taken: Collection[str], *, offered: bool) -> LevelEntry:
         """The entry of what the model has already.
@@ -109,7 +110,7 @@ class Maker:
         while self._before.name in taken:
             self._before = replace(self._before, name=f"{self._before.name} (before)")
         try:
-            (entry,) = self._described([self._before], hessian=None)
+            (entry,) = self._described([self._before.to(self._device)], hessian=None)
         except NotFinite as error:
             return replace(describe_failure(self._before.name, error.message), offered=offered)
         costs = dict(entry.costs or {})
@@ -141,7 +142,7 @@ class Maker:
             return self._failed(entry, NotFinite(failure.read_text(encoding="utf-8")))
         file, recipes = open_unit(blocks / str(number), self.unit.name)
         try:
-            return self._keep([read_level(file, recipes, name) for name in entry.level_names()])
+            return self._keep([read_level(file, recipes, name).to(self._device) for name in entry.level_names()])
         except NotFinite as error:
             return self._failed(entry, error)
 
@@ -161,7 +162,7 @@ class Maker:
 
     def _keep(self, made: Sequence[Level]) -> list[LevelEntry]:
         described = self._described(made, hessian=self._hessian)
-        self.levels += made
+        self.levels += [level.to("cpu") for level in made]
         return described
 
     def _described(self, levels: Sequence[Level], *, hessian: Tensor | None) -> list[LevelEntry]:
@@ -194,12 +195,15 @@ def too_few(tokens: int | None, least_tokens: int) -> bool:
     return tokens is not None and tokens < least_tokens
 
 
-def task_of(units: Mapping[str, tuple[Unit, Level]], statistics: Statistics | None, block: Any = None) -> Task:
-    """A task over some units with what the model has of them."""
+def task_of(
+    units: Mapping[str, tuple[Unit, Level]], statistics: Statistics | None, device: str, block: Any = None
+) -> Task:
+    """A task over some units with what the model has of them, on a device."""
     from layerwise.stages.levels.mask import kept
 
     weights, keep = {}, {}
-    for name, (unit, level) in units.items():
+    for name, (unit, stored) in units.items():
+        level = stored.to(device)
         if not unit.is_parent:
             weights[name] = level.tensors["weight"] if level.recipe["encoding"] == "dense" else level.decode()
         if "mask" in level.tensors:
@@ -209,6 +213,6 @@ def task_of(units: Mapping[str, tuple[Unit, Level]], statistics: Statistics | No
 
     def statistic(name: str, kind: str) -> Tensor:
         assert statistics is not None, "checked before the work starts"
-        return statistics.tensor(units[name][0], kind)
+        return statistics.tensor(units[name][0], kind).to(device)
 
     return Task(weights, statistic, {name: unit for name, (unit, _) in units.items()}, keep, block)

@@ -38,8 +38,8 @@ class LevelSource(Protocol):
         blocks."""
         ...
 
-    def weight(self, unit: str, level: int) -> Tensor | None:
-        """The dense weight of a level, (out, in); None for what the network has already."""
+    def weight(self, unit: str, level: int, device: torch.device | str = "cpu") -> Tensor | None:
+        """The dense weight of a level, (out, in), decoded on a device; None for what the network has already."""
         ...
 
     def drops(self, unit: str, level: int) -> bool:
@@ -52,7 +52,7 @@ class Evaluator:
 
     Args:
         network: the model that levels are swapped in; its weights are put back after every call.
-        sequences: (sequences, length) int64 token ids.
+        sequences: (sequences, length) int64 token ids, on the CPU; they go to the network's device by batches.
         levels: where the weights of levels come from.
         reference: the model that candidates are compared with; the network as it is, if left out.
         batch_tokens: tokens that run at a time; at least one sequence.
@@ -95,7 +95,7 @@ class Evaluator:
         order = sorted(range(len(request.genomes)), key=request.genomes.__getitem__)
         found: list[dict[str, list[Tensor]]] = [{metric: [] for metric in request.metrics} for _ in order]
         for batch in chosen.split(self.batch_size):
-            ids = self.sequences[batch, :length]
+            ids = self.sequences[batch, :length].to(self.network.device)
             reference = _Reference(self._reference(tuple(batch.tolist()), ids))
             walk = _Walk(self, ids)
             for number in order:
@@ -103,7 +103,10 @@ class Evaluator:
                 for metric, values in _measure(logits, reference, ids, request.metrics).items():
                     found[number][metric].append(values)
         return [
-            {metric: _summary(torch.cat(values), length, request.sequences) for metric, values in candidate.items()}
+            {
+                metric: _summary(torch.cat(values).cpu(), length, request.sequences)
+                for metric, values in candidate.items()
+            }
             for candidate in found
         ]
 
@@ -143,7 +146,7 @@ class Evaluator:
     def _decoded(self, index: int, level: int) -> Tensor | None:
         decoded = self._cache.get((index, level))
         if decoded is None:
-            weight = self.levels.weight(self.units[index].name, level)
+            weight = self.levels.weight(self.units[index].name, level, self.network.device)
             if weight is None:
                 return None
             decoded = laid_out(self.network, self.units[index], weight)

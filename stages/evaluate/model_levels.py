@@ -12,7 +12,7 @@ from layerwise.stages.contract import ModelSource
 from layerwise.stages.models.compressed import CompressedModel, source_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 
 class ModelLevels:
@@ -40,11 +40,11 @@ class ModelLevels:
             raise UsageError("models of different dense models cannot be compared in one go")
         return replace(workflow, path=paths.pop(), compressed=None)
 
-    def weight(self, unit: str, level: int) -> Tensor | None:
-        """A unit's weight in one of the models, (out, in); None where it stayed dense."""
+    def weight(self, unit: str, level: int, device: device | str = "cpu") -> Tensor | None:
+        """A unit's weight in one of the models, (out, in), decoded on a device; None where it stayed dense."""
         if level == 0 or unit not in self.models[level - 1].levels:
             return None
-        return self.models[level - 1].level(unit).decode()
+        return self.models[level - 1].level(unit).to(device).decode()
 
     def drops(self, unit: str, level: int) -> bool:
         """Whether a model has left a parent out."""

@@ -30,7 +30,7 @@ from layerwise.stages.models.network import Unit
 from layerwise.stages.models.stored import Stored
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 INDEX = "database.json"
 MODEL = "model"
@@ -305,11 +305,12 @@ class Database:
             raise UsageError(f"unit {unit} has no level '{name}'{self._why(unit, name)}")
         return read_level(file, recipes, name)
 
-    def weight(self, unit: str, level: int) -> Tensor | None:
-        """The dense weight of a level, by its number: (out, in), float32; None for what the model has already."""
+    def weight(self, unit: str, level: int, device: device | str = "cpu") -> Tensor | None:
+        """The dense weight of a level, by its number: (out, in), float32, decoded on a device; None for what the model
+        has already."""
         if level == UNCHANGED:
             return None
-        return self.level(unit, self.index.by_name[unit].levels[level].name).decode()
+        return self.level(unit, self.index.by_name[unit].levels[level].name).to(device).decode()
 
     def model(self, workflow: ModelSource) -> ModelSource:
         """As of the index."""

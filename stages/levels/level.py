@@ -11,14 +11,14 @@ Left out: anything about a unit's place in the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from layerwise.errors import UsageError
 from layerwise.stages.registry import lookup, names
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
     from layerwise.kernels.packed import Packed
 
@@ -56,6 +56,10 @@ class Level:
     def decode(self) -> Tensor:
         """The dense weight that this level stands for: (out, in), float32, on the device of the tensors."""
         return self.encoding.decode(self)
+
+    def to(self, place: device | str) -> Level:
+        """The same level with its tensors on a device."""
+        return replace(self, tensors={name: tensor.to(place) for name, tensor in self.tensors.items()})
 
     @property
     def bits(self) -> float:

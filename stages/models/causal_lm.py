@@ -66,7 +66,7 @@ class CausalLM:
         self.model = model.eval().requires_grad_(False)
         with suppress(AttributeError, ValueError):  # a family without experts has nothing to set
             self.model.set_experts_implementation("eager")  # type: ignore[operator]  # one by one, so that each is seen
-        self._trial = _trial_ids(model)
+        self._trial = _trial_ids(model).to(self.device)
         whole = self._run_whole()
         self.block_path, self.blocks = _find_blocks(model, self._trial)
         self.n_blocks = len(self.blocks)
@@ -110,12 +110,17 @@ class CausalLM:
                 f"{source.path}: {len(missing)} weights are missing or of another shape, the first is {missing[0]}",
                 hint="the folder holds another model than its config.json says",
             )
-        network = cls(model)
+        network = cls(model.to(source.device))
         if source.compressed is not None:
             from layerwise.stages.models.compressed import CompressedModel
 
             CompressedModel(source.compressed).install(network)
         return network
+
+    @property
+    def device(self) -> torch.device:
+        """What it is computed on."""
+        return next(self.model.parameters()).device
 
     def module(self, name: str) -> nn.Module:
         """A submodule by its full name."""
@@ -232,7 +237,7 @@ class CausalLM:
         """Everything before the first block.
 
         Args:
-            ids: (batch, length), int64.
+            ids: (batch, length), int64, on the network's device.
         """
         hidden: list[Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -192,7 +192,7 @@ class CompressedModel:
                 )
         for entry in self.document.units:
             if not entry.unit.is_parent:
-                network.overwrite(entry.unit, self.level(entry.unit.name).decode())
+                network.overwrite(entry.unit, self.level(entry.unit.name).to(network.device).decode())
         network.leave_out([entry.unit.name for entry in self.document.units if entry.unit.is_parent])
 
 

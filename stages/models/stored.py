@@ -256,4 +256,4 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _fingerprint(tensor: Tensor) -> bytes:
     import torch
 
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -165,7 +165,7 @@ def survey_model(source: ModelSource, network: CausalLM | None = None) -> dict[s
     from layerwise.stages.models.compressed import CompressedModel
 
     if network is None or source.compressed is not None:
-        network = CausalLM.load(replace(source, compressed=None))
+        network = CausalLM.load(replace(source, compressed=None, device="cpu"))
     survey = take_survey(network, source)
     if source.compressed is not None:
         units = CompressedModel(source.compressed).document.units

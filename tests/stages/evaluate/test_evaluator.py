@@ -48,7 +48,7 @@ class NoisyLevels:
         if broken is not None:
             self.table[self.unit_names[-1], N_LEVELS - 1][0, 0] = broken
 
-    def weight(self, unit: str, level: int) -> Tensor | None:
+    def weight(self, unit: str, level: int, device: torch.device | str = "cpu") -> Tensor | None:
         if not level:
             return None
         self.reads[unit, level] += 1
