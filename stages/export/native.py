@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 KEY = "layerwise"
 FILE = "model.safetensors"
+GENERATION = "generation_config.json"
 
 
 def native(source: ModelSource, out: Path) -> None:
@@ -80,12 +81,16 @@ def load(folder: Path, dtype: str = "float32") -> CausalLM:
         UnsupportedModel: its configuration is that of no causal language model.
     """
     import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from layerwise.stages.models.causal_lm import CausalLM
 
-    with safe_open(folder / FILE, framework="pt") as file:
+    try:
+        opened = safe_open(folder / FILE, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CorruptArtifact(f"{folder / FILE} cannot be read: {error}", hint="export the model again") from error
+    with opened as file:
         metadata = file.metadata() or {}
         if KEY not in metadata:
             raise CorruptArtifact(f"{folder / FILE} was not exported with `format: native`")
@@ -107,6 +112,8 @@ def load(folder: Path, dtype: str = "float32") -> CausalLM:
         with torch.device("meta"):  # only its class: the weights are at hand
             family = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     model = family.from_pretrained(None, config=config, state_dict=state, dtype=getattr(torch, dtype))
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     network = CausalLM(model)
     network.leave_out(document["dropped"])
     return network
