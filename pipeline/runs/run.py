@@ -274,6 +274,8 @@ class Run:
         make_folder(link.parent)
         target = Path("../../..") / artifact.folder.relative_to(self.store.root)
         if not (link.is_symlink() and link.readlink() == target):
+            if link.is_dir() and not link.is_symlink():  # the folder was copied by something that follows links
+                shutil.rmtree(link)
             link.unlink(missing_ok=True)
             link.symlink_to(target)
 

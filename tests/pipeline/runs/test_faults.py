@@ -6,7 +6,6 @@ workflow. A moment is chosen by how many files the run has made so far, so that 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -24,93 +23,9 @@ from typing import Any
 
 import pytest
 
-from layerwise.results.frontier import frontier_table
 from layerwise.results.store import Store
 
 SEEDS = range(2)
-
-FORK_SERVER = """
-import json, os, sys
-import torch, transformers, pandas, pyarrow.dataset, pyarrow.parquet, safetensors.torch
-from transformers.models.llama import modeling_llama
-import layerwise.solvers, layerwise.stages.evaluate.evaluator
-import layerwise.pipeline.runs.run, layerwise.pipeline.executors.inline
-from layerwise.pipeline.cli import main
-print("ready", flush=True)
-for line in iter(sys.stdin.readline, ""):
-    argv, log = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        sys.argv = argv
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-        os.dup2(2, 1)
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            code = 70
-            sys.excepthook(*sys.exc_info())
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    sys.stdin.readline()  # until then the ended process keeps its id, so that no other can be killed in its place
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
-
-class ForkServer:
-    """Runs the command line in forks of a process that has everything loaded."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORK_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._answer() == "ready"
-
-    def start(self, arguments: Sequence[str], log: Path) -> int:
-        """Start a command; gives its process id."""
-        self._say(json.dumps([["layerwise", *arguments], str(log)]))
-        return int(self._answer())
-
-    def status(self) -> int:
-        """How the command ended: its exit code, or minus the signal that killed it."""
-        self._say("")
-        return os.waitstatus_to_exitcode(int(self._answer()))
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def _say(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
-def arguments(workflow: Path, results: Path, executor: str = "inline") -> list[str]:
-    return ["run", str(workflow), "--results", str(results), "--executor", executor]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(forks: ForkServer, tiny_workflow: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of a run that nobody killed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    forks.start(arguments(tiny_workflow, folder / "results"), folder / "log")
-    assert forks.status() == 0, (folder / "log").read_text()
-    return folder / "results"
-
 
 FINISHED = re.compile(r"work/\w+/journal/.*\.json|artifacts/\w+/\w+/manifest\.json|tables/.*\.parquet")
 """What a run has made once and for all."""
@@ -165,26 +80,6 @@ def alive(pid: int) -> Callable[[], bool]:
     return running
 
 
-def check_same_outcome(results: Path, undisturbed: Path) -> None:
-    """Bit for bit what an uninterrupted run leaves, every row once."""
-    ours, theirs = Store.open(results), Store.open(undisturbed)
-    csv = [frontier_table(store, dominated=True).to_csv(index=False) for store in (ours, theirs)]
-    assert csv[0] == csv[1]
-    assert csv[0].count("\n") == 7  # three budgets, two solvers, and the head
-    for table in ("units", "levels", "profile", "candidates", "allocations", "metrics"):
-        left, right = (
-            store.read(table).drop(columns=["attempt", "written_at", "seconds"], errors="ignore")
-            for store in (ours, theirs)
-        )
-        assert len(right)
-        assert left.equals(right), table
-    manifests = [
-        {path.parent.name: path.read_bytes() for path in folder.glob("artifacts/*/*/manifest.json")}
-        for folder in (results, undisturbed)
-    ]
-    assert manifests[0] == manifests[1]
-
-
 def check_nothing_twice(results: Path, kills: Sequence[list[Journal]]) -> None:
     """No finished stage was run again, and no finished item."""
     rows = Store.open(results).rows("stages")
@@ -204,13 +99,18 @@ def check_nothing_twice(results: Path, kills: Sequence[list[Journal]]) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_killed_three_times_ends_with_the_same_frontier_and_repeats_nothing(
-    forks: ForkServer, tiny_workflow: Path, undisturbed: Path, tmp_path: Path, seed: int
+    forks: Any,
+    tiny_workflow: Path,
+    undisturbed: Path,
+    same_outcome: Callable[[Path], None],
+    tmp_path: Path,
+    seed: int,
 ) -> None:
     results, log = tmp_path / "results", tmp_path / "log"
     moments, total = random.Random(seed), len(finished(undisturbed))
     kills: list[list[Journal]] = []
     for _ in range(3):
-        pid = forks.start(arguments(tiny_workflow, results), log)
+        pid = forks.run(tiny_workflow, results, log)
         wait_for_files(results, moments.randrange(0, total // 4), alive(pid))
         time.sleep(moments.random() * 0.02)
         os.kill(pid, signal.SIGKILL)
@@ -220,9 +120,9 @@ def test_a_run_killed_three_times_ends_with_the_same_frontier_and_repeats_nothin
             for path, identity in journal.files.items():
                 assert kept.get(path, identity) == identity, f"{path} was written twice"
         kills.append(journals(results))
-    forks.start(arguments(tiny_workflow, results), log)
+    forks.run(tiny_workflow, results, log)
     assert forks.status() == 0, log.read_text()
-    check_same_outcome(results, undisturbed)
+    same_outcome(results)
     check_nothing_twice(results, kills)
     assert Store.open(results).rows("runs")[-1]["status"] == "ok"
     assert not any((results / "work").glob("*/journal"))
@@ -230,7 +130,7 @@ def test_a_run_killed_three_times_ends_with_the_same_frontier_and_repeats_nothin
 
 @pytest.mark.slow
 def test_a_hundred_kills_lose_nothing(
-    forks: ForkServer, tiny_workflow: Path, undisturbed: Path, tmp_path: Path
+    forks: Any, tiny_workflow: Path, same_outcome: Callable[[Path], None], tmp_path: Path
 ) -> None:
     moments, killed, number = random.Random(100), 0, 0
     while killed < 100:
@@ -239,7 +139,7 @@ def test_a_hundred_kills_lose_nothing(
         kills: list[list[Journal]] = []
         status = -1
         while status != 0:
-            pid = forks.start(arguments(tiny_workflow, results), log)
+            pid = forks.run(tiny_workflow, results, log)
             wait_for_files(results, moments.randrange(0, 30), alive(pid))
             time.sleep(moments.random() * 0.02)
             os.kill(pid, signal.SIGKILL)
@@ -247,7 +147,7 @@ def test_a_hundred_kills_lose_nothing(
             if status:
                 killed += 1
                 kills.append(journals(results))
-        check_same_outcome(results, undisturbed)
+        same_outcome(results)
         check_nothing_twice(results, kills)
 
 
@@ -283,12 +183,22 @@ def ray_folder() -> Iterator[Path]:
 
 @pytest.mark.ray
 def test_on_ray_a_killed_driver_and_a_killed_worker_change_nothing(
-    tiny_workflow: Path, undisturbed: Path, tmp_path: Path, ray_folder: Path
+    tiny_workflow: Path, same_outcome: Callable[[Path], None], tmp_path: Path, ray_folder: Path
 ) -> None:
     import psutil
 
     results = tmp_path / "results"
-    command = [sys.executable, "-m", "layerwise", *arguments(tiny_workflow, results, "ray")]
+    command = [
+        sys.executable,
+        "-m",
+        "layerwise",
+        "run",
+        str(tiny_workflow),
+        "--results",
+        str(results),
+        "--executor",
+        "ray",
+    ]
     environment = os.environ | {"TMPDIR": str(ray_folder)}
     ours: list[Any] = []
     with (tmp_path / "log").open("w") as log:
@@ -311,7 +221,7 @@ def test_on_ray_a_killed_driver_and_a_killed_worker_change_nothing(
                 victim.kill()
         assert victims, "no worker was seen"
         assert driver.wait(timeout=600) == 0, (tmp_path / "log").read_text()
-    check_same_outcome(results, undisturbed)
+    same_outcome(results)
     check_nothing_twice(results, kills)
     _, left = psutil.wait_procs(ours, timeout=60)
     for process in left:  # started by this test, and of no use to anybody

@@ -82,6 +82,16 @@ def test_going_back_to_an_earlier_parameter_finds_everything(workshop: Any) -> N
     assert not workshop.traces()
 
 
+def test_a_results_folder_copied_by_a_program_that_follows_links_goes_on(workshop: Any) -> None:
+    run, _ = workshop.run()
+    copy = workshop.folder / "copy"
+    shutil.copytree(workshop.results, copy)  # a stage's link is a folder now
+    again, display = workshop.run(results=copy)
+    assert display.of("cached") == STAGES
+    assert (again.folder / "stages" / "sum").is_symlink()
+    assert workshop.output(again, "sum") == workshop.output(run, "sum")
+
+
 def test_an_artifact_that_was_deleted_is_made_again(workshop: Any) -> None:
     run, _ = workshop.run()
     folder = (run.folder / "stages" / "sum").resolve()
