@@ -8,6 +8,7 @@ steps.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -111,3 +112,27 @@ def test_what_is_left_behind_on_the_cpu_is_seen() -> None:
         layer = torch.nn.Linear(2, 2, bias=False).to(GPU)
         layer.weight.data = weight
         assert torch.equal(layer(weight).detach().cpu(), torch.full((2, 2), 2.0))
+
+
+def test_the_benchmark_tells_what_failed_and_compares_the_rest(
+    place: Any, on_cpu: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import gpu_pipeline as benchmark  # type: ignore[import-not-found]
+
+    statistics, levels, profile = on_cpu
+    page = benchmark.Page(tmp_path / "page.md", ["cpu", "cpu:0"], "1M")
+    comparison = benchmark.Comparison(replace(place[1]), tmp_path, page, 0.2, time.perf_counter() + 60)
+    jobs = iter([lambda: statistics, lambda: 1 / 0, lambda: time.sleep(9), lambda: statistics])
+    assert comparison.row("one fails", lambda device: next(jobs)()) == {"cpu": statistics}
+    comparison.agree(comparison.row("one is slow", lambda device: next(jobs)()), benchmark.compare_statistics)
+    for found, compare in (
+        (statistics, benchmark.compare_statistics),
+        (levels, benchmark.compare_levels),
+        (profile, benchmark.compare_profiles),
+    ):
+        comparison.agree(comparison.row("both", lambda device, found=found: found), compare)
+    written = (tmp_path / "page.md").read_text()
+    for text in ("ZeroDivisionError", "not done in 0 s", "up to 0.0e+00 of their norm", "100.0000 % of the weights"):
+        assert text in written
+    assert "failed" in written and "not compared" not in written
