@@ -204,6 +204,7 @@ def make_model(folder: Path, size: str) -> ModelSource:
     heads = SIZES[size]["num_attention_heads"]
     config = LlamaConfig(
         vocab_size=VOCABULARY[size], num_key_value_heads=max(2, heads // 8), max_position_embeddings=2 * LENGTH,
+        initializer_range=SIZES[size]["hidden_size"] ** -0.5,
         **SIZES[size],
     )  # fmt: skip
     torch.manual_seed(0)
@@ -406,7 +407,7 @@ def compare_profiles(one: Path, other: Path) -> str:
 def compare_allocations(one: Path, other: Path) -> str:
     """Whether both searches end with the same candidate."""
     a, b = ((folder / "allocations.json").read_text() for folder in (one, other))
-    first, second = (json.loads(text)["allocations"] for text in (a, b))
+    first, second = (json.loads(text) for text in (a, b))
     same = sum(x["genome"] == y["genome"] for x, y in zip(first, second, strict=True))
     return f"{same} of {len(first)} allocations are the same"
 

@@ -81,6 +81,8 @@ class Stage:
         fill: completes its parameters from those of the stages that take its artifact, before keys are made: what
             `calibrate` gathers is what the menu behind it needs.
         notes: what it will leave out or fall back to, told before it runs; takes its parameters and the model.
+        on_gpu: whether, with given parameters, its work can be done on a GPU, where `Context.device` then is; never,
+            if left out.
         impl: raised by hand whenever the same inputs would give other bytes; part of the stage's key, beside a hash of
             its source.
     """
@@ -96,7 +98,13 @@ class Stage:
     measures: Callable[[Any], Mapping[str, Any]] | None = None
     fill: Callable[[Any, Sequence[Any]], Params] | None = None
     notes: Callable[[Any, ModelSource], Iterable[str]] | None = None
+    on_gpu: Callable[[Any], bool] | None = None
     impl: int = 1
+
+
+def always(params: Any) -> bool:
+    """For `Stage.on_gpu`: whatever the parameters are."""
+    return True
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Resources:
         cpus: cores, and with them torch threads; a share below 1 still gets one thread.
         gpus: devices; a share (0.5) lets several items use one device, each minding its own memory.
         memory_bytes: how much is set aside; None for no claim. It decides where work fits and limits nothing.
+        device: `cpu` or `cuda`: what the work is computed on, which decides its last bits.
     Raises:
         UsageError: a number that no machine can offer.
     """
@@ -42,6 +43,7 @@ class Resources:
     cpus: float = 1
     gpus: float = 0
     memory_bytes: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not (self.cpus > 0 and self.gpus >= 0 and (self.memory_bytes is None or self.memory_bytes > 0)):
@@ -51,11 +53,6 @@ class Resources:
     def threads(self) -> int:
         """Torch threads of one item."""
         return max(1, int(self.cpus))
-
-    @property
-    def device(self) -> str:
-        """What the work is computed on, which decides its last bits."""
-        return "cpu"
 
     def __str__(self) -> str:
         return describe(self.cpus, self.gpus, self.memory_bytes)

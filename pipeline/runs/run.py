@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from layerwise.pipeline.executors.raw import process_peak_rss_bytes
 from layerwise.pipeline.fetch import Fetched, fetch
 from layerwise.pipeline.runs.account import Account
 from layerwise.pipeline.runs.attempt import begin_attempt
+from layerwise.pipeline.runs.devices import check_devices, left_on_cpu
 from layerwise.pipeline.runs.kept_workflow import keep_workflow
 from layerwise.pipeline.runs.log import recorded
 from layerwise.pipeline.runs.plan import Planner, StagePlan
@@ -115,7 +117,7 @@ class Run:
                 self._displayed(),
                 _lazily_opened(executor, address) as opened,
             ):
-                self._tell_notes()
+                self._look_ahead(opened)
                 plans: dict[str, StagePlan] = {}
                 for node in self.workflow.nodes:
                     plan = plans[node.id] = self.planner.plan_stage(node, plans)
@@ -157,14 +159,20 @@ class Run:
         finally:
             self.display.end()
 
-    def _tell_notes(self) -> None:
-        """Say what stages will leave out or fall back to, before any of them spends hours on the rest."""
+    def _look_ahead(self, opened: Callable[[], RawExecutor]) -> None:
+        """Say what stages will leave out or fall back to, before any of them spends hours on the rest, and refuse to
+        begin where a GPU is missing."""
         if self.sources.model.trust:
             self.display.note(f"the model may run code of its own, in {self.sources.model.path} (`trust: true`)")
-        if any(getattr(node.stage, "notes", None) for node in self.workflow.nodes):
-            for plan in self.plan():
+        on_gpu = any(node.resources.device != "cpu" for node in self.workflow.nodes)
+        if on_gpu or any(getattr(node.stage, "notes", None) for node in self.workflow.nodes):
+            plans = self.plan()
+            for plan in plans:
                 for text in plan.notes:
                     self.display.note(f"{plan.node.id}: {text}")
+            for text in left_on_cpu(plans):
+                self.display.note(text)
+            check_devices(plans, opened)
 
     def _find(self, key: str) -> Artifact | None:
         try:
@@ -251,7 +259,7 @@ class Run:
         return Context(
             out=out,
             items=items,
-            model=self.sources.model,
+            model=replace(self.sources.model, device=node.resources.device),
             data=self.sources.data,
             inputs={
                 port: tuple(self._folder_of(id_) for id_ in node.inputs.get(port, ())) for port in node.stage.takes

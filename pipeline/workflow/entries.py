@@ -18,6 +18,7 @@ from layerwise.pipeline.workflow.fileformat import ResourcesEntry, StageEntry
 from layerwise.pipeline.workflow.foreach import Item, Items
 from layerwise.pipeline.workflow.layers import merge
 from layerwise.pipeline.workflow.mistakes import validate
+from layerwise.pipeline.workflow.placing import Asked
 from layerwise.pipeline.workflow.report import Report, suggest
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Tree
 from layerwise.stages.contract import Params, Stage
@@ -64,23 +65,26 @@ class Draft:
     Args:
         params: None if they have mistakes.
         given: what stands under `with`, for the places.
-        resources: of one task, the workflow's defaults filled in.
+        asked: the resources of one task and its device, the workflow's defaults filled in.
     """
 
     wiring: Wiring
     params: Params | None
     given: Tree
-    resources: Resources
+    asked: Asked
     description: str | None
 
 
-def read_stages(tree: Tree, params: Tree, resources: Tree, catalogue: Catalogue, report: Report) -> list[Draft]:
+def read_stages(
+    tree: Tree, params: Tree, resources: Tree, device: str, catalogue: Catalogue, report: Report
+) -> list[Draft]:
     """Every instance of every stage, in the order of the file.
 
     Args:
         tree: the whole workflow, `stages:` not yet resolved.
         params: the declared parameters.
         resources: the workflow's default resources.
+        device: the workflow's.
     """
     entries = tree.entries.get("stages", Tree({}, tree.place)).entries
     names: Names = {"params": params}
@@ -89,7 +93,7 @@ def read_stages(tree: Tree, params: Tree, resources: Tree, catalogue: Catalogue,
     for name, entry in entries.items():
         for item in items.of(name):
             own_names = names if item is None else {**names, "item": item.value}
-            draft = _Reader(name, entry, item, own_names, report).read(resources, catalogue)
+            draft = _Reader(name, entry, item, own_names, report).read(resources, device, catalogue)
             if draft.wiring.id in drafts:
                 text = f"there are two stages '{draft.wiring.id}'; rename one"
                 report.add(draft.wiring.place, draft.wiring.path, text)
@@ -115,19 +119,25 @@ class _Reader:
             entry = replace(entry, value={key: child for key, child in entry.entries.items() if key != "foreach"})
         self.tree = resolve(entry, names, self.path, report)
 
-    def read(self, default_resources: Tree, catalogue: Catalogue) -> Draft:
+    def read(self, default_resources: Tree, default_device: str, catalogue: Catalogue) -> Draft:
         entry = validate(StageEntry, self.tree, self.path, self.report)
         stage = self._stage(catalogue)
         given = self.tree.entries.get("with", Tree({}, self.place, self.place))
         params = None
         if stage is not None and isinstance(given.value, dict):
             params = validate(stage.params, given, (*self.path, "with"), self.report)
-        resources = merge(default_resources, self.tree.entries.get("resources", Tree({}, self.place)))
+        own = self.tree.entries.get("resources", Tree({}, self.place))
+        device = entry.device if entry is not None else None
         return Draft(
             wiring=self._wiring(stage, sound=entry is not None),
             params=params,
             given=given,
-            resources=read_resources(resources),
+            asked=Asked(
+                read_resources(merge(default_resources, own)),
+                device or default_device,
+                own_device=device is not None,
+                own_gpus="gpus" in own.entries,
+            ),
             description=entry.description if entry is not None else None,
         )
 

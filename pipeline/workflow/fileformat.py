@@ -33,6 +33,7 @@ def _check_stage_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_check_name)]
 StageName = Annotated[str, AfterValidator(_check_stage_name)]
+Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -106,6 +107,7 @@ class StageEntry(Part):
         None, description="A list: the stage runs once per item. `${{ needs.x }}`: once per instance of stage x."
     )
     resources: ResourcesEntry | None = Field(None, description="Overrides the workflow's resources for this stage.")
+    device: Device | None = Field(None, description="Overrides the workflow's device for this stage.")
     description: str | None = Field(None, description="For the reader.")
 
 
@@ -124,6 +126,11 @@ class WorkflowFile(Part):
         default_factory=dict, description="What `-p name=value` may set; used as `${{ params.name }}`."
     )
     resources: ResourcesEntry = Field(ResourcesEntry(), description="Default resources of one task.")
+    device: Device = Field(
+        "auto",
+        description="What stages compute on that can use a GPU; auto: on one where `gpus` asks for it or this machine "
+        "has it, else on the CPU.",
+    )
     stages: dict[StageName, Any] = Field(min_length=1, description="The stages by name.")
     profiles: dict[Name, dict[str, Any]] = Field(
         default_factory=dict, description="Named changes to this file, applied by `--profile name`."

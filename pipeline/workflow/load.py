@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from layerwise.pipeline.workflow.fileformat import VERSION, WorkflowFile
 from layerwise.pipeline.workflow.heldout import check_texts
 from layerwise.pipeline.workflow.layers import apply_params, apply_profile, apply_sets, read_files
 from layerwise.pipeline.workflow.mistakes import validate
+from layerwise.pipeline.workflow.placing import Asked, gpu_at_hand, place
 from layerwise.pipeline.workflow.report import Report, describe
 from layerwise.pipeline.workflow.sources import Model, Text, read_model, read_texts
 from layerwise.pipeline.workflow.yaml12 import Place, Tree
@@ -39,7 +41,8 @@ class Node:
         stage: what it runs.
         params: its validated parameters.
         inputs: port -> ids of the instances that feed it.
-        resources: of one task, the workflow's defaults filled in.
+        resources: of one task, the workflow's defaults filled in, and what it computes on.
+        asked: what was asked for; the same workflow may be placed otherwise on another machine.
         place: of its key in the file.
     """
 
@@ -48,6 +51,7 @@ class Node:
     params: Params
     inputs: Inputs
     resources: Resources
+    asked: Asked
     place: Place
     description: str | None = None
 
@@ -60,7 +64,8 @@ class Node:
             **({} if self.description is None else {"description": self.description}),
             **({"inputs": inputs} if inputs else {}),
             "with": self.params.model_dump(mode="json", by_alias=True),
-            "resources": _resolved_resources(self.resources),
+            "resources": _resolved_resources(self.asked.resources),
+            **({} if self.asked.device == "auto" else {"device": self.asked.device}),
         }
 
 
@@ -138,13 +143,15 @@ def load_workflow(
     model = read_model(head, report)
     data = read_texts(head, report)
     default_resources = head.entries.get("resources", Tree({}, tree.place))
-    drafts = read_stages(tree, declared, default_resources, catalogue, report)
+    device = "auto" if header is None else header.device
+    drafts = read_stages(tree, declared, default_resources, device, catalogue, report)
     wirings = [draft.wiring for draft in drafts]
     inputs = bind(wirings, report, catalogue.makers)
     order = run_order(wirings, report)
     drafts = _filled(drafts, inputs, order, report)
     check_texts(drafts, data, report)
     _check_together(drafts, inputs, report)
+    placed = _placed(drafts, report)
     if report.mistakes or header is None or model is None:
         raise WorkflowError(report.mistakes, hint=_hint(drafts))
 
@@ -157,7 +164,7 @@ def load_workflow(
         data={name: text for name, text in data.items() if text is not None},
         params=declared.plain(),
         resources=read_resources(default_resources),
-        nodes=tuple(_node(by_id[id_], inputs[id_]) for id_ in order),
+        nodes=tuple(_node(by_id[id_], inputs[id_], *placed[id_]) for id_ in order),
     )
 
 
@@ -219,6 +226,20 @@ def _check_together(drafts: Sequence[Draft], inputs: Mapping[str, Inputs], repor
             report.add(draft.given.place_of(path), (*wiring.path, "with", *path), text)
 
 
+def _placed(drafts: Sequence[Draft], report: Report) -> dict[str, tuple[Asked, Resources]]:
+    """What remains of each stage's request, and what its tasks get."""
+    at_hand = cache(gpu_at_hand)
+    found = {}
+    for draft in drafts:
+        stage, params = draft.wiring.stage, draft.params
+        if stage is not None and params is not None:
+            asked, resources, mistake = place(draft.asked, stage, params, at_hand)
+            found[draft.wiring.id] = asked, resources
+            if mistake:
+                report.add(draft.wiring.place, draft.wiring.path, mistake)
+    return found
+
+
 def _before(stage: str, inputs: Mapping[str, Inputs]) -> list[str]:
     """Every stage that a stage's inputs were made with, in whatever number of steps."""
     found: dict[str, None] = {}
@@ -237,8 +258,8 @@ def _hint(drafts: Sequence[Draft]) -> str | None:
     return None if stage is None else f"`layerwise schema --stage {stage}` lists the parameters of '{stage}'"
 
 
-def _node(draft: Draft, inputs: Inputs) -> Node:
+def _node(draft: Draft, inputs: Inputs, asked: Asked, resources: Resources) -> Node:
     wiring = draft.wiring
     assert wiring.stage is not None, "every mistake has been raised"
     assert draft.params is not None, "every mistake has been raised"
-    return Node(wiring.id, wiring.stage, draft.params, inputs, draft.resources, wiring.place, draft.description)
+    return Node(wiring.id, wiring.stage, draft.params, inputs, resources, asked, wiring.place, draft.description)

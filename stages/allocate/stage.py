@@ -26,7 +26,7 @@ from layerwise.stages.allocate.allocation import Allocation, make_allocation, sa
 from layerwise.stages.allocate.candidates import CandidateSearch
 from layerwise.stages.allocate.costs import Amount, CostTable, budget_text, load_times
 from layerwise.stages.allocate.methods import find_search, find_solver, is_search, search_names, solver_names
-from layerwise.stages.contract import BEFORE, Context, Params, Port, Stage
+from layerwise.stages.contract import BEFORE, Context, Params, Port, Stage, always
 from layerwise.stages.data.text import tokenized
 from layerwise.stages.evaluate.scoring import Request, evaluator_factory, perplexity, score
 from layerwise.stages.levels.database import DatabaseIndex
@@ -350,4 +350,5 @@ STAGE = Stage(
     data=("data",),
     check=mistakes,
     impl=2,
+    on_gpu=always,
 )

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from layerwise.errors import UsageError
 from layerwise.stages.calibrate import find_statistic, in_order
-from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
+from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage, always
 from layerwise.stages.data.text import Tokens, load_sequences, tokenized
 from layerwise.stages.models.selection import Ignored, Targets, unit_rows
 
@@ -188,4 +188,5 @@ STAGE = Stage(
     data=("data",),
     fill=fill,
     notes=notes,
+    on_gpu=always,
 )

@@ -16,7 +16,7 @@ from layerwise.stages.compress.block_levels import compress_blocks
 from layerwise.stages.compress.chosen import beside_levels, choose, with_own_costs
 from layerwise.stages.compress.params import CompressParams, mistakes, notes
 from layerwise.stages.compress.unit_levels import compress_unit
-from layerwise.stages.contract import Context, Port, Row, Stage
+from layerwise.stages.contract import Context, Port, Row, Stage, always
 from layerwise.stages.models.compressed import link_or_copy
 from layerwise.stages.models.selection import unit_rows
 
@@ -102,4 +102,5 @@ STAGE = Stage(
     takes={"statistics": Port("statistics", optional=True), "model": Port("model", optional=True)},
     check=mistakes,
     notes=notes,
+    on_gpu=always,
 )

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from layerwise.errors import UsageError
 from layerwise.stages.allocate.allocation import check_database, load_allocations
-from layerwise.stages.contract import Context, Params, Port, Row, Stage
+from layerwise.stages.contract import Context, Params, Port, Row, Stage, always
 from layerwise.stages.data.text import Tokens, tokenized
 from layerwise.stages.evaluate.model_levels import ModelLevels
 from layerwise.stages.evaluate.scoring import (
@@ -150,4 +150,5 @@ STAGE = Stage(
     },
     data=("data",),
     reports=True,
+    on_gpu=always,
 )

@@ -9,7 +9,7 @@ Left out: decoding with a cache, where attention grows from token to token; expe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def time_loaded(work: ForwardPass) -> dict[str, Any]:
     """The dense model as transformers loads it; the fields of `Timing`."""
     from layerwise.stages.models.causal_lm import CausalLM
 
-    return _time({"loaded": _forward(CausalLM.load(work.model).model, work)}, work)["loaded"]
+    return _time({"loaded": _forward(CausalLM.load(replace(work.model, device="cpu")).model, work)}, work)["loaded"]
 
 
 def time_packed(
@@ -87,7 +87,7 @@ def _packed(work: ForwardPass, database: Path, levels: Mapping[str, str | None],
     here = this_device(work.device)
     dispatcher = Dispatcher(LatencyTable.load(table, here), here, exact=exact)
     known = Database(database, work.model)
-    network = CausalLM.load(known.model(work.model))
+    network = CausalLM.load(replace(known.model(work.model), device="cpu"))
     units = {unit.name: unit for unit in network.units}
     chosen = {unit: level for unit, level in levels.items() if level is not None}
     packed = pack_units(known, chosen)

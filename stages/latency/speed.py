@@ -141,4 +141,5 @@ STAGE = Stage(
     },
     check=mistakes,
     measures=fingerprint,
+    on_gpu=lambda params: params.device == "cuda",
 )

@@ -254,4 +254,5 @@ STAGE = Stage(
     gives="latency",
     takes={"database": Port("database")},
     measures=fingerprint,
+    on_gpu=lambda params: params.device == "cuda",
 )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import UnsupportedModel
+from layerwise.kernels.device import require_gpu
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.models.network import BEGIN, Uncovered, Unit
 from layerwise.stages.models.trust import loading
@@ -86,11 +87,14 @@ class CausalLM:
         Raises:
             UnsupportedModel: not a causal language model, weights missing, it cannot be taken apart, or it takes code
                 of its own that is not trusted.
+            UsageError: it is to be computed on a GPU, and there is none.
         """
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+        if source.device == "cuda":
+            require_gpu()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:

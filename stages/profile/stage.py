@@ -132,4 +132,12 @@ def _rows(metric: Metric, units: list[UnitEntry], table: Table) -> list[Row]:
     ]
 
 
-STAGE = Stage("profile", ProfileParams, profile, gives="profile", takes={"database": Port("database")}, data=("data",))
+STAGE = Stage(
+    "profile",
+    ProfileParams,
+    profile,
+    gives="profile",
+    takes={"database": Port("database")},
+    data=("data",),
+    on_gpu=lambda params: "kl" in params.metrics,
+)

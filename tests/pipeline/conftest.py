@@ -133,6 +133,7 @@ STAGES = {
             _nothing,
             "allocations",
             {"database": Port("database"), "statistics": Port("statistics", optional=True)},
+            on_gpu=lambda params: params.solver != "dp",
         ),
         Stage("pick", PickParams, _nothing, "model", {"allocations": Port("allocations")}),
         Stage("merge", PairParams, _nothing, "model", {"left": Port("model"), "right": Port("model")}),

@@ -22,7 +22,7 @@ from pydantic import Field
 from layerwise.errors import InfeasibleBudget
 from layerwise.pipeline.runs.run import Run
 from layerwise.pipeline.workflow import load_workflow
-from layerwise.stages.contract import Context, Params, Port, Stage
+from layerwise.stages.contract import Context, Params, Port, Stage, always
 
 
 class CountParams(Params):
@@ -119,7 +119,7 @@ ACTIONS: dict[str, Callable[[Path, Path], None]] = {
 
 COUNT = Stage("count", CountParams, count, "numbers", data=("data",))
 MODULO = Stage("modulo", ModuloParams, modulo, "numbers", {"numbers": Port("numbers")})
-TOTAL = Stage("total", TotalParams, total, "total", {"numbers": Port("numbers", many=True)})
+TOTAL = Stage("total", TotalParams, total, "total", {"numbers": Port("numbers", many=True)}, on_gpu=always)
 STAGES = {stage.name: stage for stage in (COUNT, MODULO, TOTAL)}
 
 FLOW = """\

@@ -56,7 +56,7 @@ def test_a_workflow_holds_everything_with_defaults_filled_in(desk: Any) -> None:
     assert search.params.budgets == {"bits": [2.5, 3.0]}
     assert search.params.seed == 7
     assert search.inputs == {"database": ("levels",)}
-    assert search.resources == Resources(1, 0.5, 2 << 30)
+    assert search.resources == Resources(1, 0.5, 2 << 30, "cuda")
     assert search.description == "the search of evolve"
     assert search.place == Place(str(desk.folder / "flow.yaml"), 19, 3)
     assert nodes["levels"].params.menu[1].patterns == ("2:4",)
