@@ -289,10 +289,7 @@ def test_a_wrong_argument_ends_with_code_2_and_a_message(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (
-            "data.calibration.sequence_length=2000",
-            "data.calibration: the text has 1000 tokens, fewer than one sequence",
-        ),
+        ("data.calibration.tokens=2000", "data.calibration: 2000 tokens asked for, but the text has 1000"),
         ("data.heldout.tokens=64k", "data.heldout: 64000 tokens asked for, but the text has 1000"),
         ("stages.search.with.budgets={bytes: 60000}", "below the least reachable"),
         ("stages.search.with.budgets={bytes: 600000}", "above the greatest reachable"),
