@@ -59,7 +59,11 @@ class RecordingExecutor:
     @contextmanager
     def replicas(self, factory: Callable[[], Callable[[Item], Answer]]) -> Iterator[Replicas[Item, Answer]]:
         """As of `layerwise.stages.contract.Executor`."""
-        yield _Replica(self, factory)
+        replica = _Replica(self, factory)
+        try:
+            yield replica
+        finally:
+            replica.unload()
 
     def _answers(
         self,
@@ -113,6 +117,10 @@ class _Replica:
         return self._executor._answers(
             lambda some: list(self._call(tuple(some))), self._factory, parts, keys, calls=calls, owner=self
         )
+
+    def unload(self) -> None:
+        """Let go of what was loaded, which may be a model: the executor remembers its replicas, and they it."""
+        self._loaded = None
 
     def _call(self, item: Any) -> Any:
         if self._loaded is None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from layerwise.stages import STAGES
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
 from layerwise.testing import Bench, Promise, stage_promises
+from layerwise.testing.executor import Journal, RecordingExecutor
 from layerwise.testing.stages import EVERY, REPEATABLE
 
 NAME = "it is found and its parameters are checked without loading torch or Ray"  # this one is in no other process
@@ -138,6 +141,29 @@ def test_a_stage_that_describes_itself_wrongly_is_found(
 def test_what_a_stage_measures_need_not_be_the_same_twice(broken: Any, promised: Any) -> None:
     times = then(lambda context: (context.out / "times").write_bytes(os.urandom(8)))
     assert broken(promised(times, measures=lambda params: {"machine": "this"})) == {NAME}
+
+
+class _Loaded:
+    """What a replica loads; `alive` knows which are still in memory."""
+
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.alive.add(self)
+
+    def __call__(self, item: int) -> int:
+        return item
+
+
+def test_replicas_let_go_of_what_they_loaded_without_a_collector() -> None:
+    gc.disable()
+    try:
+        with RecordingExecutor(Journal()).replicas(_Loaded) as replicas:
+            assert replicas.map([1, 2], keys=["one", "two"]) == [1, 2]
+            assert len(_Loaded.alive) == 1
+        assert len(_Loaded.alive) == 0
+    finally:
+        gc.enable()
 
 
 def test_every_promise_is_broken_here() -> None:
