@@ -134,7 +134,9 @@ def key_material(node: Node, inputs: Mapping[str, list[str]], sources: Fetched) 
         "with": params.material(),
         "inputs": dict(inputs),
         "model": sources.model_digest,
-        "data": {name: sources.data_digests[getattr(params, name)] for name in stage.data},
+        "data": {
+            name: sources.data_digests[text] for name in stage.data if (text := getattr(params, name)) is not None
+        },
         "device": node.resources.device,
         "threads": node.resources.threads,
         **({"machine": dict(stage.measures(params))} if stage.measures else {}),

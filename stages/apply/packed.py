@@ -10,7 +10,7 @@ Left out: loading without the dense weights of the units, which are read and the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +29,19 @@ TENSORS = "packed.safetensors"
 SETTINGS = "packed.json"
 
 
-def pack_units(database: Database, levels: Mapping[str, str]) -> dict[str, Packed]:
+def pack_units(
+    database: Database, levels: Mapping[str, str], instead: Callable[[str], Level | None] = lambda unit: None
+) -> dict[str, Packed]:
     """The weights of linear layers as kernels take them, by unit.
 
     Args:
         database: holds the levels.
         levels: unit to level name.
+        instead: of a unit, the level in the place of the database's, if there is one.
     """
     units = database.index.by_name
     return {
-        unit: pack_or_dense(database.level(unit, level))
+        unit: pack_or_dense(instead(unit) or database.level(unit, level))
         for unit, level in levels.items()
         if units[unit].unit.replaceable
     }
@@ -52,13 +55,17 @@ def pack_or_dense(level: Level) -> Packed:
     return Dense(level.shape, level.decode()) if packed is None else packed
 
 
-def save_packed(folder: Path, database: Database, levels: Mapping[str, str]) -> list[str]:
+def save_packed(
+    folder: Path,
+    database: Database,
+    levels: Mapping[str, str],
+    instead: Callable[[str], Level | None] = lambda unit: None,
+) -> list[str]:
     """Write the packed form of an allocation.
 
     Args:
         folder: where.
-        database: holds the levels.
-        levels: unit to level name.
+        database, levels, instead: as of `pack_units`.
     Returns:
         the units whose level has no kernel; parents need none.
     """
@@ -68,7 +75,7 @@ def save_packed(folder: Path, database: Database, levels: Mapping[str, str]) -> 
 
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for unit, packed in pack_units(database, levels).items():
+    for unit, packed in pack_units(database, levels, instead).items():
         settings[unit] = packed.settings
         tensors |= {f"{unit}/{part}": tensor.contiguous() for part, tensor in packed.tensors.items()}
     weights = [unit for unit in levels if not database.index.by_name[unit].is_parent]

@@ -76,6 +76,13 @@ class MenuEntry(Params):
         """What makes levels under the same names, in the same order, for a unit that too few tokens reached."""
         return None
 
+    def again(self, level: str) -> MenuEntry | None:
+        """What makes one of its levels alone, of a single unit and from another Hessian; None if nothing does.
+
+        `apply` asks, to make the levels of an allocation for the inputs that they will get (`remake`).
+        """
+        return self if self.scope == "unit" and self.needs == {"hessian"} else None
+
     @property
     def offers_unchanged(self) -> bool:
         """Whether it makes no level, but lets a search take what the model has already."""

@@ -43,6 +43,18 @@ class BlockRun:
         self.batch_size = batch_size
         self._by_name = {unit.name: unit for unit in units}
 
+    def of(self, sequences: Tensor) -> BlockRun:
+        """The same with some of the sequences, (chosen,) int64."""
+        return BlockRun(
+            self.network,
+            self.index,
+            self.units,
+            self.ids[sequences],
+            self.inputs[sequences],
+            self.outputs[sequences],
+            batch_size=self.batch_size,
+        )
+
     def run(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The block's answers to all inputs, (sequences, length, width), with some units' weights (out, in)
         replaced."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from layerwise.stages.compress import Task, gptq
+from layerwise.stages.compress import MenuEntry, Task, gptq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,11 @@ class Params(gptq.Params):
 
     scope: ClassVar[Literal["unit", "block"]] = "block"
     needs: ClassVar[frozenset[str]] = frozenset({"block_inputs"})
+
+    def again(self, level: str) -> MenuEntry:
+        """`gptq`, which is given the Hessians of the steps."""
+        one = self.bits[self.level_names().index(level)]
+        return gptq.Params.model_validate(self.model_dump(exclude={"method"}) | {"method": "gptq", "bits": one})
 
 
 def gptq_sequential(task: Task, params: Params) -> Mapping[str, list[Level]]:

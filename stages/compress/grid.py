@@ -70,6 +70,12 @@ class GridParams(MenuEntry):
         """As they stand in the menu."""
         return self.bits
 
+    def again(self, level: str) -> MenuEntry | None:
+        """The same for the bits of that level."""
+        entry = super().again(level)
+        one = self.bits[self.level_names().index(level)]
+        return None if entry is None else entry.model_copy(update={"bits": (one,)})
+
     def _name_suffixes(self) -> list[str]:
         """What else tells apart the levels of two menu entries of this method."""
         return []

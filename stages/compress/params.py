@@ -66,6 +66,16 @@ class CompressParams(Params):
         return dict.fromkeys(find_compressor(entry.method).run.__module__ for entry in self.menu)
 
 
+def read_menu(menu: Sequence[Mapping[str, Any]]) -> list[MenuEntry]:
+    """The entries of a menu that was written as JSON."""
+    return CompressParams.model_validate({"menu": list(menu)}).menu
+
+
+def maker(menu: Sequence[MenuEntry], level: str) -> MenuEntry:
+    """The entry that makes the levels of a name."""
+    return next(entry for entry in menu if level in entry.level_names())
+
+
 def notes(params: CompressParams, model: ModelSource) -> Iterable[str]:
     """What stays as it is. Where the menu needs statistics, the stage that gathers them tells of it."""
     if params.targets is not None or not params.needs_statistics:

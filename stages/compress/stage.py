@@ -50,7 +50,8 @@ def compress(context: Context, params: CompressParams) -> None:
     beside = beside_levels(chosen)
     entries = [with_own_costs(UnitEntry.from_json(answer), beside) for answer in answers]
     carried = {name: chosen.innermost(chosen.others[name]) for name in chosen.carried}
-    write_index(context.out, entries, beside[None], halves=chosen.survey.halves(chosen.given), carried=carried)
+    halves, menu = chosen.survey.halves(chosen.given), [entry.model_dump(mode="json") for entry in params.menu]
+    write_index(context.out, entries, beside[None], halves=halves, carried=carried, menu=menu)
     _take_over(context.items / "units", context.out / "units")
     if chosen.folder is not None:
         adopt(chosen.folder, context.out / MODEL)

@@ -93,6 +93,12 @@ class TrellisParams(MenuEntry):
         """Columns of a tile, of a weight with so many rows."""
         return self.columns or -(-SHORTEST // rows)
 
+    def again(self, level: str) -> MenuEntry | None:
+        """The same for the bits of that level."""
+        entry = super().again(level)
+        one = self.bits[self.level_names().index(level)]
+        return None if entry is None else entry.model_copy(update={"bits": (one,)})
+
     def _name_suffixes(self) -> list[str]:
         return []
 

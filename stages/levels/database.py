@@ -179,6 +179,7 @@ def write_index(
     *,
     halves: Mapping[str, Sequence[str]] | None = None,
     carried: Mapping[str, str | None] | None = None,
+    menu: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write `database.json`: the commit point of a database.
 
@@ -189,8 +190,10 @@ def write_index(
         halves: by block, the half-blocks that it is made of; without them it passes on its input.
         carried: units without levels here that were compressed before, each with the innermost parent of `units` that
             it is in.
+        menu: what made the levels, as `compress` was told, for whoever makes one again.
     """
     document = {
+        "menu": [dict(entry) for entry in menu],
         "rest": dict(rest),
         "halves": {block: list(parts) for block, parts in (halves or {}).items()},
         "carried": dict(carried or {}),
@@ -250,6 +253,11 @@ class DatabaseIndex:
     def carried(self) -> dict[str, str | None]:
         """Units without levels here that were compressed before, each with the innermost parent that it is in."""
         return dict(self._document["carried"])
+
+    @property
+    def menu(self) -> list[dict[str, Any]]:
+        """What made the levels, as the `menu` of `compress`."""
+        return list(self._document["menu"])
 
     @cached_property
     def by_name(self) -> dict[str, UnitEntry]:
