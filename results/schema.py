@@ -15,7 +15,7 @@ from typing import Any
 
 from layerwise.results.resources import columns, level_columns
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 COMMON: Mapping[str, str] = {
     "run_id": "string",  # the run that computed the row; other runs find it through `stage_key`
@@ -146,6 +146,16 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "profile_tokens": "int64",
         "seconds": "float64",
         **columns(),  # of the whole model
+    },
+    "recovery": {
+        "repair": "string",  # the method and what tells it from others: eora-r8
+        "unit": "string",  # NULL for all that the repair is made of, together
+        "step": "int64",  # of training; of a repair without, 0 before and 1 after
+        "metric": "string",  # weight_nmse, output_error, bytes, effective_bits; of training loss, heldout_loss
+        "value": "float64",
+        "n_tokens": "int64",
+        "status": "string",  # ok, left (the method does not fit the level, `error` says why), nan
+        "error": "string",
     },
     "metrics": {
         "candidate": "string",  # an allocation's candidate, or `dense`

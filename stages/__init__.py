@@ -17,6 +17,7 @@ STAGES = {
     "latency": "layerwise.stages.latency.stage:STAGE",
     "allocate": "layerwise.stages.allocate.stage:STAGE",
     "apply": "layerwise.stages.apply.stage:STAGE",
+    "recover": "layerwise.stages.recover.stage:STAGE",
     "speed": "layerwise.stages.latency.speed:STAGE",
     "evaluate": "layerwise.stages.evaluate.stage:STAGE",
     "export": "layerwise.stages.export.stage:STAGE",

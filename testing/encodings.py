@@ -92,7 +92,8 @@ def _costs(name: str, level: Level) -> None:
     demand(nominal <= stored, f"{nominal} bits without overhead are more than the {stored} with it")
     demand(stored <= size, f"{stored} bits are said to be stored, but the tensors have only {size}")
     demand(level.parameters == int(level.parameters), f"{level.parameters} parameters are no whole number")
-    demand(0 <= level.parameters <= level.n_weights, f"{level.parameters} parameters of {level.n_weights} weights")
+    most = level.n_weights + level.recipe.get("rank", 0) * sum(level.shape)  # those of factors beside the weights
+    demand(0 <= level.parameters <= most, f"{level.parameters} parameters of {level.n_weights} weights")
 
 
 def _written(name: str, level: Level) -> None:

@@ -99,11 +99,13 @@ def _allocations(context: Context) -> tuple[dict[str, Genome], Levels]:
 
 def _model(context: Context, folder: Path) -> tuple[dict[str, Genome], Levels]:
     """The same for a model. One made from an allocation goes by `<candidate>@model`, for what is written may differ
-    from what was searched; one that is as dense as the workflow's, but transformed, by the name of its transform."""
+    from what was searched, once it is repaired by `<candidate>@<repairs>`; one that is as dense as the workflow's, but
+    transformed, by the name of its transform."""
     model, levels = CompressedModel(folder), ModelLevels([folder])
     units = len(levels.unit_names)
     about = model.document.about
-    name = f"{about['allocation']['candidate']}@model" if "allocation" in about else str(about["transform"])
+    made = "+".join(about.get("repairs", ())) or "model"
+    name = f"{about['allocation']['candidate']}@{made}" if "allocation" in about else str(about["transform"])
     genomes: dict[str, Genome] = {name: (1,) * units}
     if levels.model(context.model) == context.model:
         genomes = {DENSE: (0,) * units, **genomes}

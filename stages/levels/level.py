@@ -28,6 +28,7 @@ ENCODINGS = {
     "mask": "layerwise.stages.levels.mask:Mask",
     "masked_grid": "layerwise.stages.levels.masked_grid:MaskedGrid",
     "trellis": "layerwise.stages.levels.trellis:Trellis",
+    "adapted": "layerwise.stages.levels.adapted:Adapted",
     "keep": "layerwise.stages.levels.parent:Keep",
     "drop": "layerwise.stages.levels.parent:Drop",
 }
@@ -78,7 +79,7 @@ class Level:
 
     @property
     def parameters(self) -> int:
-        """Weights that are kept."""
+        """Weights that are kept, and what stands beside them and is multiplied, too."""
         return self.encoding.parameters(self)
 
     @property
@@ -133,7 +134,7 @@ class Encoding(Protocol):
 
     @staticmethod
     def parameters(level: Level) -> int:
-        """Weights that are kept."""
+        """Weights that are kept, and what stands beside them and is multiplied, too."""
         ...
 
     @staticmethod

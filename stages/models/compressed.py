@@ -1,4 +1,5 @@
-"""The `model` artifact: a model with some of its weights compressed, kept encoded, or one that was transformed.
+"""The `model` artifact: a model with some of its weights compressed, kept encoded, repaired or not, or one that was
+transformed.
 
     model.json                   which unit has which level, what is dropped, where it came from
     units/<unit>.safetensors     the level of a unit, as in a database
@@ -51,6 +52,17 @@ class CompressedUnit:
     stored: Stored | None
     level: str
 
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in the artifact."""
+        stored = None if self.stored is None else self.stored.as_json()
+        return {"unit": self.unit.as_json(), "stored": stored, "level": self.level}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> CompressedUnit:
+        """What `as_json` gave."""
+        stored = None if entry["stored"] is None else Stored.from_json(entry["stored"])
+        return cls(Unit.from_json(entry["unit"]), stored, entry["level"])
+
 
 @dataclass(frozen=True)
 class Document:
@@ -58,7 +70,7 @@ class Document:
 
     Args:
         units: those that are not as they were.
-        about: what it came from: `allocation` or `transform`, as JSON.
+        about: what it came from: `allocation` or `transform`, as JSON, and the names of the `repairs` made since.
     """
 
     units: tuple[CompressedUnit, ...] = ()
@@ -66,14 +78,7 @@ class Document:
 
     def save(self, folder: Path) -> None:
         """Write it: the commit point of a model artifact."""
-        units = [
-            {
-                "unit": entry.unit.as_json(),
-                "stored": None if entry.stored is None else entry.stored.as_json(),
-                "level": entry.level,
-            }
-            for entry in self.units
-        ]
+        units = [entry.as_json() for entry in self.units]
         text = json.dumps({"units": units, "about": dict(self.about)}, indent=1, allow_nan=False)
         (folder / DOCUMENT).write_text(text + "\n", encoding="utf-8")
 
@@ -86,15 +91,7 @@ class Document:
         """
         try:
             document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-            units = tuple(
-                CompressedUnit(
-                    Unit.from_json(entry["unit"]),
-                    None if entry["stored"] is None else Stored.from_json(entry["stored"]),
-                    entry["level"],
-                )
-                for entry in document["units"]
-            )
-            return cls(units, document["about"])
+            return cls(tuple(map(CompressedUnit.from_json, document["units"])), document["about"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptArtifact(f"{folder / DOCUMENT}: {error}", hint="run the stage that made it again") from error
 
@@ -171,6 +168,12 @@ class CompressedModel:
     def levels(self) -> dict[str, str]:
         """Unit to the name of its level."""
         return {entry.unit.name: entry.level for entry in self.document.units}
+
+    def recipe(self, unit: str) -> Mapping[str, Any]:
+        """The recipe of the level of a unit that has one; no tensor is read."""
+        _, recipes = open_unit(self.folder, unit)
+        recipe: Mapping[str, Any] = recipes[self.levels[unit]]["recipe"]
+        return recipe
 
     def level(self, unit: str) -> Level:
         """The level of a unit that has one."""

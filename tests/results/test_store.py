@@ -58,7 +58,7 @@ def test_a_row_comes_back_as_it_was_written(store: Store, table: str) -> None:
     (found,) = store.rows(table)
     assert {name: found[name] for name in row} == row
     assert {name: found[name] for name in ("run_id", "stage", "stage_key", "attempt", "seq", "schema_version")} == {
-        "run_id": "r1", "stage": "search", "stage_key": KEY, "attempt": 1, "seq": 0, "schema_version": 3,
+        "run_id": "r1", "stage": "search", "stage_key": KEY, "attempt": 1, "seq": 0, "schema_version": 4,
     }  # fmt: skip
     assert abs((found["written_at"] - datetime.now(UTC)).total_seconds()) < 3600
 
@@ -226,7 +226,7 @@ def test_pandas_and_pyarrow_read_a_table_without_layerwise(store: Store) -> None
     ]  # fmt: skip
     table = ds.dataset(folder, partitioning="hive").to_table(filter=ds.field("run") == "r1")
     assert table.column("genome").to_pylist() == [[1, 2], [2, 2]]
-    assert pq.read_schema(next(folder.rglob("*.parquet"))).metadata[b"layerwise_schema_version"] == b"3"
+    assert pq.read_schema(next(folder.rglob("*.parquet"))).metadata[b"layerwise_schema_version"] == b"4"
 
 
 def test_a_file_of_an_older_layerwise_lacks_columns_and_one_of_a_newer_has_more(store: Store) -> None:

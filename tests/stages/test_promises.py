@@ -36,6 +36,7 @@ CHAIN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("database", "profile"),
     ),
     "apply": ({}, ("allocations", "database")),
+    "recover": ({"repairs": [{"method": "eora", "rank": 2}, {"method": "svd", "rank": 1}]}, ("model", "statistics")),
     "evaluate": ({}, ("allocations", "database", "models")),
     "export": ({}, ("model",)),
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.kernels.trellis_code import Tiles
+from layerwise.stages.levels.adapted import with_adapter
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.grid import grid_level
 from layerwise.stages.levels.level import ENCODINGS, Level
@@ -71,6 +72,16 @@ def trellises(keep: Tensor) -> Iterator[Level]:
         yield trellis_level(f"{bits}b-c{width}", recipe, (ROWS, COLUMNS), stream, scale=scale, keep=mask)
 
 
+def adapters(below: list[Level]) -> Iterator[Level]:
+    """Beside a level of every other encoding, and on top of one another."""
+    generator = torch.Generator().manual_seed(3)
+    for level in below:
+        for rank, dtype in ((1, torch.float16), (4, torch.bfloat16), (2, torch.float32)):
+            A, B = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rank, COLUMNS), (ROWS, rank)))
+            once = with_adapter(level, A, B, method="made up")
+            yield from (once, with_adapter(once, A, B, method="made up"))
+
+
 def levels() -> dict[str, list[Level]]:
     keep = weight() > 0.3
     found: dict[str, list[Level]] = {name: [] for name in ENCODINGS}
@@ -85,6 +96,7 @@ def levels() -> dict[str, list[Level]]:
                 mask_level(f"{dtype}-{share:.2f}", {"method": "made up", "sparsity": share}, weight(dtype), mask)
             )
     found["trellis"] = list(trellises(keep))
+    found["adapted"] = list(adapters([some[0] for name, some in found.items() if some]))
     return found | {name: [parent_level(name)] for name in ("keep", "drop")}
 
 
