@@ -99,13 +99,24 @@ def environment(work: Path, peer: str) -> Path:
     return python
 
 
-def auto_round(work: Path, network: CausalLM, bits: int, sym: bool, *, dense_inputs: bool) -> Made:
-    """AutoRound's own program."""
+def auto_round(
+    work: Path,
+    network: CausalLM,
+    bits: int,
+    sym: bool,
+    *,
+    dense_inputs: bool,
+    folder: Path = DEMO / "model",
+    ids: Tensor | None = None,
+) -> Made:
+    """AutoRound's own program, on the model in a folder; `ids` are written first, if `work` has none of them yet."""
+    if ids is not None:
+        save_file({"ids": ids.contiguous()}, work / "tokens.safetensors")
     out = work / f"auto_round-{bits}-{sym}-{dense_inputs}"
     flags = [*(["--sym"] if sym else []), *(["--dense-inputs"] if dense_inputs else [])]
     script = HERE / "peers" / "auto_round_quantize.py"
     sizes = ["--bits", str(bits), "--group-size", str(GROUP_SIZE), "--steps", str(STEPS)]
-    places = [str(DEMO / "model"), str(work / "tokens.safetensors"), str(out)]
+    places = [str(folder), str(work / "tokens.safetensors"), str(out)]
     program = [str(environment(work, "auto_round")), str(script), *places, *sizes, *flags]
     subprocess.run(program, check=True, env={"OMP_NUM_THREADS": "1"})
     tensors = load_file(out / "model.safetensors")

@@ -1,17 +1,16 @@
-"""Held-out KL and perplexity of every way to quantize, all layers of the blocks at one level, beside the bytes written.
+"""Held-out KL and perplexity of every way to quantize at the bytes that are written, uniform, after `branch` and made
+again, beside AutoRound's own program.
 
-    python benchmarks/quantization.py [--small FOLDER] [--methods gptq rtn]
+    python benchmarks/quantization.py [--small FOLDER] [--peers FOLDER] [--methods gptq rtn]
 
-Writes benchmarks/results/quantization.md.
-FOLDER is a third model, made by `small_llama.py`. A method joins with a line in ENTRIES. Effective bits are all bytes
-of the level's tensors as they stand in a file, scales, zero points and padding included, over the weights. The second
-table is the time of several bit-widths together beside that of one, side by side.
+Writes benchmarks/results/quantization.md. `--small` is a third model, made by `small_llama.py`; with `--peers` also
+AutoRound is run, in an environment of its own there. A method joins with a line in ENTRIES. The last table is the
+time of several bit-widths together beside that of one, side by side.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,24 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibrated import Calibrated, Levels, Scored, effective_bits
 from machine import header
-from torch import Tensor
+from peers import auto_round, measured
 
-from layerwise.stages.calibrate import find_statistic
-from layerwise.stages.compress import Compressor, Task, find_compressor
-from layerwise.stages.compress.block_run import BlockRun
+from layerwise.errors import LayerwiseError
+from layerwise.stages.compress import MenuEntry, find_compressor
 from layerwise.stages.compress.gptq import Params, quantized
-from layerwise.stages.contract import ModelSource, TextSource
-from layerwise.stages.data.text import cut, encode
-from layerwise.stages.evaluate.evaluator import Evaluator
-from layerwise.stages.evaluate.scoring import Request
-from layerwise.stages.levels.level import Level
-from layerwise.stages.models.causal_lm import CausalLM
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
 DEMO = HERE.parent / "workflows" / "demo"
-LENGTH, TOKENS = 128, 32 << 10
+LENGTH, TOKENS = 128, 16 << 10
+ALONE = 2 << 10
+"""Calibration tokens that the loss of one level alone is measured on."""
+BUDGETS = (2.1, 2.25, 2.3, 2.5, 2.62, 3.0, 4.0)
+GROUP = {"group_size": 64}
 
 
 @dataclass(frozen=True)
@@ -56,130 +53,115 @@ class Entry:
     params: Mapping[str, Any]
     bits: tuple[float, ...] = (2, 3, 4)
 
+    @property
+    def menu(self) -> MenuEntry:
+        """As the parameters of its method."""
+        params = {"method": self.method, "bits": list(self.bits), **self.params}
+        return find_compressor(self.method).params.model_validate(params)
+
 
 PUBLISHED = {"desc_act": False, "grid": "minmax"}
+ASYMMETRIC = Entry("static, hessian, asymmetric", "gptq", {**GROUP, "sym": False})
+LEARNED = Entry("200 steps, asymmetric", "learned_rounding", {**GROUP, "sym": False})
+TRELLIS = Entry("bitshift trellis", "trellis", {}, bits=(1.5, 2, 2.5, 3, 3.5, 4))
 ENTRIES = [
-    Entry("nearest, min-max", "rtn", {"group_size": 64}),
-    Entry("nearest, mse", "rtn", {"group_size": 64, "grid": "mse"}),
-    Entry("in order, min-max (the default before)", "gptq", {"group_size": 64, **PUBLISHED}),
-    Entry("in order, hessian", "gptq", {"group_size": 64, "desc_act": False}),
-    Entry("activation order, hessian", "gptq", {"group_size": 64, "desc_act": True}),
-    Entry("static, min-max", "gptq", {"group_size": 64, "grid": "minmax"}),
-    Entry("static, mse", "gptq", {"group_size": 64, "grid": "mse"}),
-    Entry("static, hessian (the default)", "gptq", {"group_size": 64}),
-    Entry("static, min-max, asymmetric", "gptq", {"group_size": 64, "grid": "minmax", "sym": False}),
-    Entry("static, hessian, asymmetric", "gptq", {"group_size": 64, "sym": False}),
-    Entry("the default, groups of 32", "gptq", {"group_size": 32}),
-    Entry("groups of 32, 6-bit scales", "gptq", {"group_size": 32, "scale_bits": 6}),
-    Entry("groups of 16, 6-bit scales", "gptq", {"group_size": 16, "scale_bits": 6}),
+    Entry("nearest, min-max", "rtn", GROUP),
+    Entry("nearest, mse", "rtn", {**GROUP, "grid": "mse"}),
+    Entry("in order, min-max (as published)", "gptq", {**GROUP, **PUBLISHED}),
+    Entry("in order, min-max, asymmetric", "gptq", {**GROUP, **PUBLISHED, "sym": False}),
+    Entry("in order, hessian", "gptq", {**GROUP, "desc_act": False}),
+    Entry("activation order, hessian", "gptq", {**GROUP, "desc_act": True}),
+    Entry("static, min-max", "gptq", {**GROUP, "grid": "minmax"}),
+    Entry("static, mse", "gptq", {**GROUP, "grid": "mse"}),
+    Entry("static, hessian (the default)", "gptq", GROUP),
+    Entry("static, min-max, asymmetric", "gptq", {**GROUP, "grid": "minmax", "sym": False}),
+    Entry("static, mse, asymmetric", "gptq", {**GROUP, "grid": "mse", "sym": False}),
+    ASYMMETRIC,
     Entry("groups of 16, 4-bit scales", "gptq", {"group_size": 16, "scale_bits": 4}),
+    Entry("groups of 32, 6-bit scales, asymmetric", "gptq", {"group_size": 32, "scale_bits": 6, "sym": False}),
     Entry("along outputs, groups of 32", "gptq", {"group_size": 32, "group_along": "outputs"}),
-    Entry("damping 0.05", "gptq", {"group_size": 64, "damp_percent": 0.05}),
-    Entry("sequential within blocks", "gptq_sequential", {"group_size": 64}),
-    Entry("scale search", "awq", {"group_size": 64}),
-    Entry("200 steps", "learned_rounding", {"group_size": 64, "steps": 200}),
-    Entry("bitshift trellis", "trellis", {}, bits=(2, 2.5, 3, 4)),
+    Entry("sequential within blocks, asymmetric", "gptq_sequential", {**GROUP, "sym": False}),
+    Entry("scale search, asymmetric", "awq", {**GROUP, "sym": False}),
+    LEARNED,
+    TRELLIS,
 ]
+MENUS = {"gptq": [ASYMMETRIC], "learned_rounding": [LEARNED], "trellis": [TRELLIS]}
+MENUS["all three"] = [entry for menu in MENUS.values() for entry in menu]
 
 
-class Calibrated:
-    """A model with its calibration and held-out sequences.
+class Made:
+    """The levels of entries, each made once.
 
     Args:
-        name, folder: of the model.
-        texts: for calibration, and held out.
+        model: of it.
     """
 
-    def __init__(self, name: str, folder: Path, texts: tuple[Path, Path]) -> None:
-        self.name, self.folder = name, folder
-        self.network = CausalLM.load(ModelSource(folder))
-        self.ids, self.heldout = (self._sequences(text) for text in texts)
-        self._tasks: list[dict[str, Any]] = []
+    def __init__(self, model: Calibrated) -> None:
+        self.model = model
+        self._levels: dict[str, tuple[dict[str, Levels], float]] = {}
 
-    def _sequences(self, text: Path) -> Tensor:
-        source = TextSource(text.stem, (text,), LENGTH, TOKENS)
-        return torch.from_numpy(cut(encode(source, self.folder), source)).long()
-
-    def levels(self, entry: Entry, bits: float) -> dict[str, Level]:
-        """Every unit's level, made from dense inputs."""
-        found: dict[str, Level] = {}
-        compressor = find_compressor(entry.method)
-        params = compressor.params.model_validate({"method": entry.method, "bits": bits, **entry.params})
-        for block in range(self.network.n_blocks):
-            found |= self._of_block(block, compressor, params)
-        return found
-
-    def _of_block(self, block: int, compressor: Compressor, params: Any) -> dict[str, Level]:
-        run, statistics_ = self._task(block)
-        units = {unit.name: unit for unit in run.units}
-        weights = {name: self.network.weight(unit).clone() for name, unit in units.items()}
-
-        def statistic(unit: str, kind: str) -> Tensor:
-            if (unit, kind) not in statistics_:
-                inputs: list[Tensor] = []
-                run.watch({}, [unit], lambda _, X: inputs.append(X))
-                statistics_[unit, kind] = find_statistic(kind).measure(torch.cat(inputs))
-            found: Tensor = statistics_[unit, kind]
-            return found
-
-        if compressor.params.scope == "block":
-            made = compressor.run(Task(weights, statistic, units, block=run), params)
-            return {name: level for name, (level,) in made.items()}
-        made = {}
-        for name, unit in units.items():
-            made |= compressor.run(Task({name: weights[name]}, statistic, {name: unit}), params)
-        return {name: level for name, (level,) in made.items()}
-
-    def _task(self, block: int) -> Any:
-        while len(self._tasks) <= block:
-            index = len(self._tasks)
-            inputs = self._tasks[-1][0].outputs if self._tasks else None
-            if inputs is None:
-                inputs = torch.cat([self.network.begin(part).hidden for part in self.ids.split(8)])
-            units = [unit for unit in self.network.units if unit.block == index]
-            run = BlockRun(self.network, index, units, self.ids, inputs, inputs)
-            run.outputs = run.run({})
-            self._tasks.append((run, {}))  # type: ignore[arg-type]
-        return self._tasks[block]
-
-    def score(self, levels: Mapping[str, Level]) -> tuple[float, float, float]:
-        """Held-out KL, its standard error, and perplexity."""
-        weights = {name: level.decode() for name, level in levels.items()}
-        evaluator = Evaluator(self.network, self.heldout, _Candidate(weights))
-        (score,) = evaluator(Request(((1,) * len(weights),), ("kl", "nll")))
-        return score["kl"]["mean"], score["kl"]["stderr"], math.exp(score["nll"]["mean"])
-
-
-@dataclass
-class _Candidate:
-    """One level beside the dense weight of every unit."""
-
-    weights: Mapping[str, Tensor]
-
-    @property
-    def unit_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    def weight(self, unit: str, level: int, device: torch.device | str = "cpu") -> Tensor | None:
-        return self.weights[unit] if level else None
-
-    def drops(self, unit: str, level: int) -> bool:
-        return False
-
-
-def rows(model: Calibrated, entries: Sequence[Entry]) -> Iterator[str]:
-    """One line of a table for each level."""
-    for entry in entries:
-        for bits in entry.bits:
+    def __call__(self, entry: Entry) -> tuple[dict[str, Levels], float]:
+        """Levels by name, and seconds."""
+        key = repr(entry.menu)
+        if key not in self._levels:
             started = time.perf_counter()
-            levels = model.levels(entry, bits)
-            seconds = time.perf_counter() - started
-            weights = sum(level.n_weights for level in levels.values())
-            written = 8 * sum(level.size_bytes for level in levels.values()) / weights
-            kl, stderr, perplexity = model.score(levels)
-            line = f"| {entry.method} | {entry.label} | {bits:g} | {written:.3f} | {kl:.4f} ± {stderr:.4f} | "
-            yield line + f"{perplexity:.2f} | {1e6 * seconds / weights:.1f} |"
+            self._levels[key] = self.model.levels(entry.menu), time.perf_counter() - started
+        return self._levels[key]
+
+
+def _figures(scored: Scored) -> str:
+    return f"{scored.kl:.4f} ± {scored.stderr:.4f} | {scored.perplexity:.2f}"
+
+
+def uniform(made: Made, entries: Sequence[Entry]) -> Iterator[str]:
+    """One line of a table for each level."""
+    model = made.model
+    for entry in entries:
+        levels, seconds = made(entry)
+        each = 1e6 * seconds / len(levels) / model.n_weights
+        for bits, choice in zip(entry.bits, levels.values(), strict=True):
+            figures = _figures(model.score(choice))
+            line = (
+                f"| {entry.method} | {entry.label} | {bits:g} | {effective_bits(choice):.2f} | {figures} | {each:.1f} |"
+            )
             print(model.name, line, flush=True)
+            yield line
+
+
+def searched(made: Made, menus: Mapping[str, Sequence[Entry]]) -> Iterator[str]:
+    """One line for each menu and budget: what `branch` chooses, as it is and made again."""
+    model = made.model
+    losses = {
+        entry.label: model.alone(list(made(entry)[0].values()), ALONE) for menu in menus.values() for entry in menu
+    }
+    for name, menu in menus.items():
+        levels = [choice for entry in menu for choice in made(entry)[0].values()]
+        table = torch.cat([torch.from_numpy(losses[entry.label]) for entry in menu], dim=1).numpy()
+        for budget in BUDGETS:
+            try:
+                chosen = model.best(levels, table, budget)
+            except LayerwiseError:
+                continue
+            again = model.remade(chosen, [entry.menu for entry in menu])
+            figures = " | ".join(_figures(model.score(choice)) for choice in (chosen, again))
+            line = f"| {name} | {budget:g} | {effective_bits(chosen):.2f} | {figures} |"
+            print(model.name, line, flush=True)
+            yield line
+
+
+def beside(model: Calibrated, work: Path) -> Iterator[str]:
+    """AutoRound's own program on the same tokens: uniform, asymmetric, every block with compressed inputs."""
+    for bits in (2, 3, 4):
+
+        def make(bits: int = bits) -> Any:
+            return auto_round(work, model.network, bits, False, dense_inputs=False, folder=model.folder, ids=model.ids)
+
+        row = measured(work, f"{model.name.replace(' ', '-')}-auto_round-{bits}", model.network, model.heldout, make)
+        groups = sum(unit.shape[0] * -(-unit.shape[1] // 64) for unit in model.network.units if unit.block is not None)
+        size = bits + (16 + bits) * groups / model.n_weights
+        figures = _figures(Scored(row["kl"], row["stderr"], row["perplexity"]))
+        seconds = 1e6 * row["seconds"] / model.n_weights
+        yield f"| AutoRound | 200 steps, asymmetric | {bits} | {size:.2f} | {figures} | {seconds:.1f} |"
 
 
 def together(size: int, repeats: int = 3) -> list[str]:
@@ -206,38 +188,63 @@ def together(size: int, repeats: int = 3) -> list[str]:
     return lines
 
 
+def _sections(model: Calibrated, entries: Sequence[Entry], peers: Path | None) -> Iterator[str]:
+    made = Made(model)
+    yield from (f"## {model.name[0].upper()}{model.name[1:]}", "")
+    yield from ("| method | what | bits | effective bits | KL | ppl | s/M |", "|---|---|---|---|---|---|---|")
+    yield from uniform(made, entries)
+    if peers is not None and all(unit.shape[1] % 32 == 0 for unit in model.network.units if unit.block is not None):
+        yield from beside(model, peers)
+    methods = {entry.method for entry in entries}
+    menus = {name: menu for name, menu in MENUS.items() if {entry.method for entry in menu} <= methods}
+    if menus:
+        yield from ("", f"After `branch`, from the KL of each level alone on {ALONE} calibration tokens:", "")
+        yield "| menu | budget | effective bits | KL | ppl | KL, made again | ppl, made again |"
+        yield "|---|---|---|---|---|---|---|"
+        yield from searched(made, menus)
+    yield ""
+
+
 def main() -> None:
     """Measure and write the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", type=Path, help="a model of `small_llama.py`")
+    parser.add_argument("--peers", type=Path, help="run AutoRound, too; environments and results stand in this folder")
     parser.add_argument("--methods", nargs="*", default=sorted({entry.method for entry in ENTRIES}))
     parser.add_argument("--shared", type=Path, default=SHARED, help="where models and texts stand that are not ours")
-    parser.add_argument("--size", type=int, default=4096, help="of the layer that is timed")
+    parser.add_argument("--size", type=int, default=4096, help="of the layer that is timed; 0 for none")
     given = parser.parse_args()
+    if given.peers is not None:
+        given.peers.mkdir(parents=True, exist_ok=True)
     models = [("the demo model", DEMO / "model", (DEMO / "calibration.txt", DEMO / "heldout.txt"))]
     tiny = given.shared / "data" / "tinystories_calibration.txt", given.shared / "data" / "tinystories_heldout.txt"
     if given.shared.is_dir():
         models.append(("stories260k", given.shared / "models" / "stories260k", tiny))
     if given.small:
         models.append(("a Llama of 128 x 4", given.small, tiny))
+    entries = [entry for entry in ENTRIES if entry.method in given.methods]
     lines = [
         "# Ways to quantize",
         "",
         *header("quantization.py", ["layerwise", "torch", "transformers"]),
-        f"- all layers of the blocks at one level, made from dense inputs of {TOKENS} calibration tokens in sequences "
-        f"of {LENGTH}; held-out KL to the dense model over as many tokens, with its standard error over sequences",
-        "- effective bits: all bytes that are written for the levels; s/M: seconds for a million weights",
+        f"- all layers of the blocks; levels made from dense inputs of {TOKENS} calibration tokens in sequences of "
+        f"{LENGTH}; held-out KL to the dense model over as many tokens, with its standard error over sequences",
+        "- effective bits: all bytes that are written for the levels, padding included; s/M: seconds of one thread for "
+        "a million weights, of all bit-widths of the entry together over their number",
+        "- made again: the same allocation at the same bytes with `apply: {remake: true}`; seven of eight calibration "
+        "sequences make levels, the eighth chooses",
+        "- AutoRound: its own program in an environment of its own, same tokens; it leaves layers as they are whose "
+        "inputs are no multiple of 32, so it has no rows for stories260k",
         "",
     ]
     for name, folder, texts in models:
-        model = Calibrated(name, folder, texts)
-        lines += [f"## {name[0].upper()}{name[1:]}", "", "| method | what | bits | effective bits | KL | ppl | s/M |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        lines += [*rows(model, [entry for entry in ENTRIES if entry.method in given.methods]), ""]
-    lines += [f"## 2, 3, 4, 5, 6 and 8 bits of one {given.size} x {given.size} layer, over one of them alone", ""]
-    lines += ["| grid | alone | s alone | together / alone | least to greatest |", "|---|---|---|---|---|"]
-    lines += together(given.size)
-    text = "\n".join(lines) + "\n"
+        model = Calibrated(name, folder, texts, length=LENGTH, tokens=TOKENS)
+        lines += _sections(model, entries, given.peers)
+    if given.size:
+        lines += [f"## 2, 3, 4, 5, 6 and 8 bits of one {given.size} x {given.size} layer, over one of them alone", ""]
+        lines += ["| grid | alone | s alone | together / alone | least to greatest |", "|---|---|---|---|---|"]
+        lines += together(given.size)
+    text = "\n".join(lines).rstrip() + "\n"
     (HERE / "results" / "quantization.md").write_text(text, encoding="utf-8")
     print(text)
 
