@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
-from layerwise.errors import NotFinite
+from layerwise.errors import NotFinite, UsageError
 from layerwise.stages.calibrate import find_statistic
 from layerwise.stages.compress import Compressor, MenuEntry, Task, find_compressor
 from layerwise.stages.models.network import Role, Unit
@@ -87,13 +87,23 @@ class _Case:
         """A block to work on and the weights of its units, for methods of that scope."""
         return _tiny_block()
 
-    def task(self, edit: Edit | None = None, *, keep: bool = False, spoil: Edit | None = None) -> Task:
+    def task(
+        self,
+        edit: Edit | None = None,
+        *,
+        keep: bool = False,
+        spoil: Edit | None = None,
+        fewer: Edit | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> Task:
         """A fresh task.
 
         Args:
             edit: what is done to each weight.
             keep: half of each weight was pruned before.
             spoil: what is done to each statistic.
+            fewer: what is done to the inputs that a statistic is taken of, (rows, in).
+            shape: of the weight; not of a block.
         """
         if self.entry.parents():
             parents = {role: replace(example_unit(0, 0), name=role, role=cast(Role, role)) for role in self._roles}
@@ -103,14 +113,15 @@ class _Case:
             block, given = self.block
             units = {unit.name: unit for unit in block.units}
         else:
-            units = {example_unit().name: example_unit()}
+            units = {example_unit().name: example_unit(*(shape or ()))}
             given = {name: random_inputs(7, *unit.shape) for name, unit in units.items()}
         weights = {name: edit(weight.clone()) if edit else weight.clone() for name, weight in given.items()}
         masks = {}
         if keep:
             masks = {name: random_inputs(9, *weight.shape) > 0.5 for name, weight in weights.items()}
             weights = {name: weight * masks[name] for name, weight in weights.items()}
-        return Task(weights, partial(self._statistic, units, spoil or (lambda tensor: tensor)), units, masks, block)
+        statistic = partial(self._statistic, units, spoil or _as_it_is, fewer or _as_it_is)
+        return Task(weights, statistic, units, masks, block)
 
     def run(self, task: Task) -> Mapping[str, list[Level]]:
         """What the method makes of a task."""
@@ -119,7 +130,7 @@ class _Case:
     def inputs(self, unit: Unit) -> Tensor:
         """What the unit multiplies, (rows, in)."""
         if self.entry.scope != "block":
-            return random_inputs()
+            return random_inputs(columns=unit.shape[1])
         import torch
 
         seen: list[Tensor] = []
@@ -133,12 +144,17 @@ class _Case:
     def _no_statistic(self, unit: str, name: str) -> Tensor:
         raise AssertionError(f"a parent has no statistics, and it asks for {name} of {unit}")
 
-    def _statistic(self, units: Mapping[str, Unit], spoil: Edit, unit: str, name: str) -> Tensor:
+    def _statistic(self, units: Mapping[str, Unit], spoil: Edit, fewer: Edit, unit: str, name: str) -> Tensor:
         demand(name in self.entry.needs, f"it asks for {name}, which is not in its `needs`")
         demand(unit in units, f"it asks for {name} of {unit}, which is not in its task")
         self.asked.append((unit, name))
         shape = units[unit].shape
-        return spoil(measured(find_statistic(name), self.inputs(units[unit]), random_gradients(3, *shape)))
+        inputs = fewer(self.inputs(units[unit]))
+        return spoil(measured(find_statistic(name), inputs, random_gradients(3, *shape)))
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _tiny_block() -> tuple[BlockRun, dict[str, Tensor]]:
@@ -355,6 +371,60 @@ def _without_channel(statistic: Tensor) -> Tensor:
     return statistic
 
 
+def _constants(case: _Case) -> None:
+    def constant_column(weight: Tensor) -> Tensor:
+        weight[:, 2] = 0.25
+        return weight
+
+    for edit in (constant_column, lambda weight: weight.fill_(0.25)):
+        _demand_finite(case.run(case.task(edit)))
+
+
+def _dependent_inputs(case: _Case) -> None:
+    def one_twice(X: Tensor) -> Tensor:
+        X = X.clone()
+        X[:, 1], X[:, 3] = X[:, 0], 1.5  # one input twice, another constant
+        return X
+
+    def indefinite(statistic: Tensor) -> Tensor:
+        if statistic.shape[-2:] != (statistic.shape[-1],) * 2:
+            return statistic
+        less = statistic.diagonal().max() / 2
+        return statistic - less * statistic.new_ones(len(statistic)).diag()
+
+    for edits in ({"fewer": one_twice}, {"fewer": lambda X: X[:3]}, {"fewer": lambda X: X[:1]}, {"spoil": indefinite}):
+        try:
+            made = case.run(case.task(**edits))
+        except NotFinite:
+            continue
+        _demand_finite(made)
+
+
+def _any_shape(case: _Case) -> None:
+    if case.entry.scope == "block":
+        return
+    for shape in ((1, 1), (1, 13), (13, 1), (7, 11), (26, 22)):
+        for levels in case.run(case.task(shape=shape)).values():
+            for level in levels:
+                demand(level.shape == shape, f"level {level.name} of a weight of {shape} is of {level.shape}")
+                found = level.decode()
+                demand(tuple(found.shape) == shape, f"level {level.name} of {shape} decodes to {tuple(found.shape)}")
+                demand(found.isfinite().all(), f"level {level.name} of a weight of {shape} has NaN or Inf")
+
+
+def _not_gathered(case: _Case) -> None:
+    if all(find_statistic(name).of == "hidden" for name in case.entry.needs):
+        return
+
+    def missing(unit: str, name: str) -> Tensor:
+        raise UsageError(f"the statistics have no {name}")
+
+    error = refusal(
+        UsageError, "a statistic that was not gathered", lambda: case.run(replace(case.task(), statistic=missing))
+    )
+    demand("the statistics have no" in error.message, f"the message is another one: {error.message}")
+
+
 def _demand_finite(made: Mapping[str, list[Level]]) -> None:
     for name, levels in made.items():
         for level in levels:
@@ -419,6 +489,11 @@ WEIGHTS: dict[str, Check] = {
     "a weight that is not finite is refused": _weights_not_finite,
     "a statistic that is not finite is refused, or does no harm": _statistics_not_finite,
     "rows of zeros and inputs that are always zero do no harm": _zeros,
+    "weights that are all the same do no harm": _constants,
+    "inputs that depend on each other, few tokens and a Hessian that is not positive definite do no harm, or are "
+    "refused": _dependent_inputs,
+    "a weight may have any shape, one row, one column and widths without a Hadamard matrix among them": _any_shape,
+    "a statistic that was not gathered is missed": _not_gathered,
     "what an earlier pruning left at zero stays so": _pruned,
     "the error falls with the bits": _errors,
 }

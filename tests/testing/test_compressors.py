@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 
+from layerwise.errors import UsageError
 from layerwise.stages.compress import COMPRESSORS, MenuEntry, Task, rtn
 from layerwise.stages.compress.grid import GridParams, check_finite
 from layerwise.stages.levels.level import Level
@@ -109,6 +110,19 @@ def ignores_the_hessian(task: Task, params: Any) -> Mapping[str, list[Level]]:
     return scaled(lambda *_: factor)(replace(task, statistic=lambda *_: torch.ones(1)), params)
 
 
+def inverts(task: Task, params: Any) -> Mapping[str, list[Level]]:
+    H = task.statistic(task.unit, "hessian")
+    factor = 1 if torch.linalg.cholesky_ex(H).info == 0 else float("nan")
+    return scaled(lambda *_: factor)(task, params)
+
+
+def guesses(task: Task, params: Any) -> Mapping[str, list[Level]]:
+    try:
+        return run(task, params)
+    except UsageError:
+        return run(replace(task, statistic=lambda *_: torch.ones(1)), params)
+
+
 def fills_in(task: Task, params: Any) -> Mapping[str, list[Level]]:
     filled = {name: weight + ~task.keep[name] if task.keep else weight for name, weight in task.weights.items()}
     return run(replace(task, weights=filled, keep={}), params)
@@ -146,6 +160,14 @@ BROKEN: dict[str, tuple[type[MenuEntry], Make, str]] = {
         scaled(lambda task, _: 1 if task.weights[task.unit].abs().sum(1).all() else float("nan")),
         "rows of zeros",
     ),
+    "divides by the spread": (
+        Honest,
+        scaled(lambda task, _: 1 if len(task.weights[task.unit].unique()) > 1 else float("nan")),
+        "all the same",
+    ),
+    "inverts what has no inverse": (Honest, inverts, "depend on each other"),
+    "wants even widths": (Honest, with_weights(lambda weight: weight.view(-1, 2).view(weight.shape)), "any shape"),
+    "guesses what is missing": (Honest, guesses, "not gathered"),
     "fills in what was pruned": (Honest, fills_in, "earlier pruning"),
     "better with fewer bits": (Honest, scaled(lambda _, level: 1 + level.bits), "error falls"),
     "a parent with a shape": (

@@ -23,6 +23,7 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"bits": [3, 5], "group_size": 7, "desc_act": True},
         {"bits": [3, 5], "group_size": 7, "desc_act": False, "sym": False, "grid": "mse"},
         {"bits": [3, 5], "group_size": 4, "sym": False, "scale_bits": 4, "group_along": "outputs"},
+        {"bits": [2, 8], "group_size": 1000, "scale_bits": 5},
     ],
     "gptq_sequential": [{"bits": [2, 4, 8], "group_size": 8}],
     "awq": [{"bits": [2, 4, 8], "group_size": 8}, {"bits": 3, "group_size": 7, "sym": False, "grid_points": 5}],
