@@ -15,12 +15,11 @@ from layerwise.pipeline.artifacts import FileDigests, digest_of
 from layerwise.pipeline.workflow import Workflow
 from layerwise.pipeline.workflow.sources import Model, Text
 from layerwise.results.durable import replace_file
+from layerwise.results.told import warn_once
 from layerwise.stages.contract import ModelSource, TextSource
+from layerwise.stages.models.folder import BESIDE, SINGLE, ModelFolder, shards_of
 from layerwise.stages.models.positions import length_for
 from layerwise.stages.models.trust import CODE, check_links
-
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.jinja")
-"""Weights, configuration and tokenizer of a Hugging Face model."""
 
 CHARACTERS_PER_TOKEN = 8
 """More than any tokenizer's average on text: how much of a streamed dataset is read for a number of tokens."""
@@ -54,10 +53,13 @@ def fetch(workflow: Workflow, root: Path, digests: FileDigests) -> Fetched:
         UnsupportedModel: no model in the folder, or it cannot be fetched.
         DataError: a dataset cannot be read, or sequences are longer than the model takes.
     """
-    folder = _model_folder(workflow.model)
-    files = sorted({path for pattern in model_files(workflow.model) for path in folder.glob(pattern)})
-    check_links(folder, files)
-    contents = {path.name: digests.sha256(path) for path in files}
+    folder = workflow.model.path if workflow.model.path is not None else _download(workflow.model)
+    found = ModelFolder(folder, workflow.model.trust)
+    found.check()
+    check_links(folder, found.files)
+    if found.ignored:
+        warn_once(f"{folder}: not part of the model, and not read: {', '.join(found.ignored)}")
+    contents = {str(path.relative_to(folder)): digests.sha256(path) for path in found.files}
     trusted = {"trust": True} if workflow.model.trust else {}
     texts = {name: _text_source(name, text, root, folder) for name, text in workflow.data.items()}
     return Fetched(
@@ -68,28 +70,26 @@ def fetch(workflow: Workflow, root: Path, digests: FileDigests) -> Fetched:
     )
 
 
-def model_files(model: Model) -> tuple[str, ...]:
-    """Patterns of the files that make a model; its code is among them only if it may run."""
-    return (*MODEL_FILES, CODE) if model.trust else MODEL_FILES
-
-
-def _model_folder(model: Model) -> Path:
-    folder = model.path if model.path is not None else _download(model)
-    if not (folder / "config.json").is_file():
-        raise UnsupportedModel(f"{folder} holds no config.json", hint="give the folder of a Hugging Face model")
-    return folder
-
-
 def _download(model: Model) -> Path:
+    """The folder that the hub's cache keeps a model in: configuration and tokenizer, then just its own weights."""
     import huggingface_hub
 
     assert model.id is not None, "a model is a folder or an id"
-    try:
+
+    def get(*patterns: str, leave: list[str] | None = None) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
-                model.id, revision=model.revision, allow_patterns=list(model_files(model))
+                model.id, revision=model.revision, allow_patterns=list(patterns), ignore_patterns=leave
             )
         )
+
+    try:
+        folder = get(*(f"*{ending}" for ending in BESIDE), *([CODE] if model.trust else []), leave=["*/*"])
+        get(SINGLE)
+        index = ModelFolder(folder).index
+        if index is not None:
+            get(*shards_of(index))
+        return folder
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
             f"cannot fetch {model.id}: {error}",

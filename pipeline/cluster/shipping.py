@@ -20,9 +20,9 @@ from typing import Any
 
 import layerwise
 from layerwise.errors import UsageError
-from layerwise.pipeline.fetch import model_files
 from layerwise.pipeline.workflow import Workflow
 from layerwise.pipeline.workflow.yaml12 import dump
+from layerwise.stages.models.folder import ModelFolder
 
 SHIP_LIMIT_BYTES = 256 * 2**20
 """Half of the message that Ray 2.60 takes; the head keeps what is shipped in memory, and each machine unpacks it."""
@@ -73,8 +73,10 @@ def cargo(workflow: Workflow) -> Cargo:
     """The files of the model, if it is a local folder, and the local texts."""
     files: dict[Path, str] = {}
     if workflow.model.path is not None:
-        found = sorted({path for pattern in model_files(workflow.model) for path in workflow.model.path.glob(pattern)})
-        files |= {path: f"files/model/{path.name}" for path in found if path.is_file()}
+        folder = workflow.model.path
+        files |= {
+            path: f"files/model/{path.relative_to(folder)}" for path in ModelFolder(folder, workflow.model.trust).files
+        }
     texts = dict.fromkeys(path for text in workflow.data.values() for path in text.paths)
     files |= {path: f"files/text-{index}.txt" for index, path in enumerate(texts)}
     return Cargo(files, sum(path.stat().st_size for path in files))

@@ -12,8 +12,9 @@ from pathlib import Path
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.export import copy_beside
-from layerwise.stages.models.checkpoint import INDEX, Checkpoint
+from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.compressed import CompressedModel
+from layerwise.stages.models.folder import INDEX
 
 
 def dense(source: ModelSource, out: Path) -> None:
@@ -32,8 +33,8 @@ def dense(source: ModelSource, out: Path) -> None:
         )
     checkpoint = Checkpoint(source.path, source.trust)
     copy_beside(checkpoint, out)
-    if (source.path / INDEX).is_file():
-        shutil.copyfile(source.path / INDEX, out / INDEX)
+    if checkpoint.contents.index is not None:
+        shutil.copyfile(checkpoint.contents.index, out / INDEX)
     for file in checkpoint.files:
         _write_file(file, checkpoint, model, out)
 
@@ -53,4 +54,6 @@ def _write_file(file: Path, checkpoint: Checkpoint, model: CompressedModel | Non
         for view, piece in stored.pieces(model.level(entry.unit.name).decode(), checkpoint):
             if view.tensor in tensors:
                 view.write(tensors[view.tensor], piece)
-    save_file({tensor: value.contiguous() for tensor, value in tensors.items()}, out / file.name, metadata=metadata)
+    target = out / checkpoint.place_of(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file({tensor: value.contiguous() for tensor, value in tensors.items()}, target, metadata=metadata)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerwise.stages.models.checkpoint import INDEX, SINGLE
+from layerwise.stages.models.folder import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from torch import Tensor

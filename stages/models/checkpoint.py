@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerwise.errors import UnsupportedModel
+from layerwise.stages.models.folder import INDEX, SINGLE, ModelFolder
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +27,6 @@ BYTES_OF_DTYPE = {
 }
 """Width of the dtypes that safetensors names in its header; 8-bit floats are all called F8_*."""
 
-INDEX = "model.safetensors.index.json"
-"""Says which weights are in which file, where there are several."""
-
-SINGLE = "model.safetensors"
-
-BESIDE = (".json", ".txt", ".model", ".jinja")
-"""Endings of the files beside the weights that belong to a model: configuration, tokenizer."""
-
 
 class Checkpoint:
     """The weights of a model folder, by tensor name.
@@ -42,38 +35,25 @@ class Checkpoint:
         folder: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
         trust: whether code that stands in the folder belongs to the model.
     Raises:
-        UnsupportedModel: there are no safetensors.
+        UnsupportedModel: there are no safetensors, or not all that their index names.
     """
 
     def __init__(self, folder: Path, trust: bool = False) -> None:
-        self.folder, self.trust = folder, trust
+        self.folder, self.contents = folder, ModelFolder(folder, trust)
         if not self.files:
             raise UnsupportedModel(
                 f"{folder} holds no safetensors weights: neither {SINGLE} nor shards with {INDEX}",
                 hint="save the model with `save_pretrained` (safetensors is its default); pickled weights are not read",
             )
 
-    @cached_property
+    @property
     def files(self) -> tuple[Path, ...]:
-        """The weight files, in name order: those that transformers loads, and no copies or adapters beside them.
+        """The weight files, in name order: those that transformers loads, and no copies or adapters beside them."""
+        return self.contents.weights
 
-        That is `model.safetensors`, else the shards that the index names.
-
-        Raises:
-            UnsupportedModel: the index names one outside of the folder.
-        """
-        single, index = self.folder / SINGLE, self.folder / INDEX
-        if single.is_file():
-            return (single,)
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            for shard in shards:
-                if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                    raise UnsupportedModel(
-                        f"{index} names weights outside of its folder: {shard}", hint="move them into the folder"
-                    )
-            return tuple(self.folder / shard for shard in sorted(set(shards)))
-        return ()
+    def place_of(self, file: Path) -> Path:
+        """Where a weight file stands, relative to the folder."""
+        return file.relative_to(self.folder)
 
     @cached_property
     def headers(self) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
@@ -87,9 +67,7 @@ class Checkpoint:
     @property
     def beside(self) -> tuple[Path, ...]:
         """What a model folder holds beside its weights: configuration and tokenizer, and no index of weight files."""
-        endings = (*BESIDE, ".py") if self.trust else BESIDE
-        files = (file for file in sorted(self.folder.iterdir()) if file.suffix in endings and file.is_file())
-        return tuple(file for file in files if file.name != INDEX)
+        return self.contents.beside
 
     @property
     def size_bytes(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import UnsupportedModel
-from layerwise.stages.models.checkpoint import INDEX
+from layerwise.stages.models.folder import INDEX
 from layerwise.stages.models.network import Unit, View
 from layerwise.stages.models.stored import Locator, Stored
 
@@ -87,8 +87,8 @@ class Layout:
             added: from the method of that name.
             out: the folder, which is empty.
         """
-        index = self.checkpoint.folder / INDEX
-        for file in (*self.checkpoint.beside, *([index] if index.is_file() else [])):
+        index = self.checkpoint.contents.index
+        for file in (*self.checkpoint.beside, *([] if index is None else [index])):
             shutil.copyfile(file, out / file.name)
         *others, last = self.checkpoint.files
         for file in others:
@@ -96,7 +96,7 @@ class Layout:
         new = {name: network.parameter(name).data.to(self._dtype(network, name)) for name in added}
         self._save_file(last, network, new, out)
         if new:
-            _tell_index(out, last.name, new)
+            _tell_index(out, str(self.checkpoint.place_of(last)), new)
             _tell_config(out / "config.json")
 
     def _save_file(self, file: Path, network: CausalLM, new: Mapping[str, Tensor], out: Path) -> None:
@@ -114,7 +114,9 @@ class Layout:
             if view.tensor in tensors:
                 view.write(tensors[view.tensor], piece)
         tensors |= new
-        save_file({name: value.contiguous() for name, value in tensors.items()}, out / file.name, metadata=metadata)
+        target = out / self.checkpoint.place_of(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, target, metadata=metadata)
 
     def _pieces(self, network: CausalLM) -> Iterator[tuple[View, Tensor]]:
         for unit, stored in self.units:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,8 +21,8 @@ stages:
 """
 
 
-def fetched(desk: Any, **options: Any) -> Fetched:
-    (desk.folder / "model" / "config.json").touch()
+def fetched(desk: Any, config: str = "{}", **options: Any) -> Fetched:
+    (desk.folder / "model" / "config.json").write_text(config)
     root = desk.folder / "results"
     return fetch(desk.load(REST, **options), root, FileDigests(root))
 
@@ -40,11 +42,11 @@ def test_the_model_and_the_texts_are_given_as_stages_need_them(desk: Any) -> Non
 
 
 def test_sequences_are_as_long_as_the_model_takes_and_longer_ones_are_refused(desk: Any) -> None:
-    (desk.folder / "model" / "config.json").write_text('{"max_position_embeddings": 128}')
-    found = fetched(desk, sets=["data.heldout={text: heldout.txt}"])
+    config = '{"max_position_embeddings": 128}'
+    found = fetched(desk, config, sets=["data.heldout={text: heldout.txt}"])
     assert (found.data["calibration"].sequence_length, found.data["heldout"].sequence_length) == (128, 128)
     with pytest.raises(DataError, match=r"data\.calibration: sequences of 129 tokens, but model takes at most 128"):
-        fetched(desk, sets=["data.calibration.sequence_length=129"])
+        fetched(desk, config, sets=["data.calibration.sequence_length=129"])
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,44 @@ def test_a_changed_file_of_the_model_changes_its_digest_alone(desk: Any, name: s
     changed, same = digests(desk)
     assert changed != model
     assert same == text
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"quantization_config": {"quant_method": "gptq", "bits": 4}}', r"model is already quantized \(gptq, says"),
+        ("{", r"config\.json is no JSON: "),
+        ("[]", r"config\.json holds no settings by name"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"config\.json is a pointer of Git LFS"),
+    ],
+)
+def test_what_is_no_dense_model_is_refused_before_anything_runs(desk: Any, config: str, message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message) as caught:
+        fetched(desk, config)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file_is_named(desk: Any, name: str) -> None:
+    (desk.folder / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UnsupportedModel, match=rf"{name} is a pointer of Git LFS") as caught:
+        fetched(desk)
+    assert "git lfs pull" in str(caught.value.hint)
+
+
+def test_what_lies_beside_the_model_is_named_and_makes_no_difference(
+    desk: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = desk.folder / "model"
+    (model / "model.safetensors").write_text("weights")
+    before = digests(desk)
+    assert not caplog.text
+    (model / "model_old.safetensors").write_text("old")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model_old.safetensors"}}')
+    assert digests(desk) == before
+    assert "not read: model.safetensors.index.json, model_old.safetensors" in caplog.text
+    shipped = {path.name for path in cargo(desk.load(REST)).files}
+    assert shipped & {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_a_readme_beside_the_weights_does_not_matter(desk: Any) -> None:
@@ -131,8 +171,41 @@ def test_a_hub_model_is_used_from_where_it_was_fetched_to(desk: Any, monkeypatch
     assert digests(desk, sets=["model={id: owner/name}"]) == digests(desk)
 
 
+def test_of_a_hub_model_its_own_weights_are_downloaded_and_no_copies(
+    desk: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Against the matching of huggingface_hub itself, on a repository with every kind of copy."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = [
+        "config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "tokenizer.model", "modeling.py",
+        "model.safetensors.index.json", "parts/a.safetensors", "parts/b.safetensors", "consolidated.safetensors",
+        "pytorch_model.bin", "original/params.json", "original/consolidated.00.pth", "model-00001-of-00002.safetensors",
+        "onnx/model.onnx", "model.gguf", "README.md",
+    ]  # fmt: skip
+    cache = tmp_path / "cache"
+    got: set[str] = set()
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: Any) -> str:
+        for file in filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            got.add(file)
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            index = '{"weight_map": {"v": "parts/a.safetensors", "w": "parts/b.safetensors"}}'
+            (cache / file).write_text(index if file.endswith("index.json") else "{}")
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    fetched(desk, sets=["model={id: owner/name}"])
+    assert got == {*there[:5], *there[6:9]}
+    there.append("model.safetensors")
+    shutil.rmtree(cache)
+    got.clear()
+    fetched(desk, sets=["model={id: owner/name}"])
+    assert got == {*there[:5], there[6], "model.safetensors"}
+
+
 def dataset(desk: Any) -> Fetched:
-    (desk.folder / "model" / "config.json").touch()
+    (desk.folder / "model" / "config.json").write_text("{}")
     root = desk.folder / "results"
     workflow = desk.load(REST, sets=["data.calibration={dataset: owner/name, tokens: 4, sequence_length: 2}"])
     return fetch(workflow, root, FileDigests(root))

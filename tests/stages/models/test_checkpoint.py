@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerwise.errors import UnsupportedModel
+from layerwise.stages.contract import ModelSource
+from layerwise.stages.export.dense import dense as write_dense
 from layerwise.stages.models.checkpoint import Checkpoint, read_header
 
 
@@ -84,8 +86,38 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None
 
 def test_a_shard_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
-    with pytest.raises(UnsupportedModel, match=r"cannot read .*model-1\.safetensors"):
-        assert Checkpoint(tmp_path).headers
+    with pytest.raises(UnsupportedModel, match=r"names 1 weight files, of which 1 are not there: model-1\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"w": 1}}', "{"]
+)
+def test_an_index_of_another_kind_is_named(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UnsupportedModel, match=r"model\.safetensors\.index\.json is no index of weight files"):
+        Checkpoint(tmp_path)
+
+
+def test_shards_in_folders_below_are_read_and_written_where_they_stand(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(model_folder("llama")).save_pretrained(folder, max_shard_size="30KB")
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"] = {name: f"weights/{shard}" for name, shard in document["weight_map"].items()}
+    index.write_text(json.dumps(document))
+    (folder / "weights").mkdir()
+    for shard in folder.glob("*.safetensors"):
+        shard.rename(folder / "weights" / shard.name)
+    (tmp_path / "out").mkdir()
+    write_dense(ModelSource(folder), tmp_path / "out")
+    whole, written = Checkpoint(model_folder("llama")), Checkpoint(tmp_path / "out")
+    assert [written.place_of(file).parent.name for file in written.files] == ["weights"] * len(written.files)
+    assert all(torch.equal(written.read(name), whole.read(name)) for name in whole.headers)
 
 
 def test_only_the_files_that_transformers_loads_are_the_models(
@@ -103,7 +135,18 @@ def test_only_the_files_that_transformers_loads_are_the_models(
     save_file({f"copy.{name}": tensor for name, tensor in other.items()}, folder / "consolidated.safetensors")
     weight_map = dict.fromkeys(other, "model_old.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (folder / "original").mkdir()
+    save_file(other, folder / "original" / "consolidated.safetensors")
     checkpoint = Checkpoint(folder)
     assert checkpoint.size_bytes == clean
+    assert checkpoint.contents.ignored == (
+        "adapter_config.json",
+        "consolidated.safetensors",
+        "model.safetensors.index.json",
+        "model_old.safetensors",
+        "original",
+    )
+    assert not {file.name for file in checkpoint.contents.files} & set(checkpoint.contents.ignored)
     loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(checkpoint.read(name), loaded[name]) for name in checkpoint.headers)
