@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.stages.models.causal_lm import CausalLM
 from layerwise.stages.models.inputs import observed
-from layerwise.stages.models.installed import installed, laid_out
+from layerwise.stages.models.installed import as_parameters, installed, laid_out
 from layerwise.stages.models.network import Unit
 
 
@@ -87,18 +87,7 @@ class BlockRun:
             tensors: by unit, its weight (out, in), or by the full name of any other parameter of the block.
             sequences: (chosen,) int64, which of the sequences.
         """
-        parameters: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            unit = self._by_name.get(name)
-            if unit is None or unit.view is None:
-                parameters[name] = tensor
-                continue
-            view, whole = unit.view, self.network.parameter(unit.view.tensor).data
-            stored = view.stored_form(tensor, view.part(whole).shape).to(whole)
-            if view.whole:
-                parameters[view.tensor] = stored
-            else:  # one of several in a parameter
-                view.part(parameters.setdefault(view.tensor, whole.clone())).copy_(stored)
+        parameters = as_parameters(self.network, self._by_name, tensors)
         device = self.network.device
         hidden, stream = self.inputs[sequences].to(device), self.network.begin(self.ids[sequences].to(device))
         return self.network.differentiable_block(self.index, hidden, stream, parameters)

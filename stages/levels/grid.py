@@ -102,12 +102,12 @@ def grid_tensors(
     if not whole.half().isfinite().all():
         raise NotFinite(f"level {name}: a group's weights are too large for a float16 scale")
     if isinstance(scale, Scales):
-        tensors["scale_codes"] = _stream(scale.codes, scale.bits)
+        tensors["scale_codes"] = as_stream(scale.codes, scale.bits)
         tensors["scale_above"] = scale.above.half().contiguous()
     else:
         tensors["scale"] = scale.half().contiguous()
     if not recipe["sym"]:
-        tensors["zero"] = _stream(zero, recipe["bits"])
+        tensors["zero"] = as_stream(zero, recipe["bits"])
     if group is not None:
         assert not along_outputs(recipe), "along outputs every column has its own grids"
         tensors["g_idx"] = group.to(torch.int32)
@@ -118,7 +118,7 @@ def grid_tensors(
     return tensors
 
 
-def _stream(codes: Tensor, bits: int) -> Tensor:
+def as_stream(codes: Tensor, bits: int) -> Tensor:
     """Codes of every group as one stream: a line of its own for each row would be padded to whole words."""
     import torch
 

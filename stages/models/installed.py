@@ -21,6 +21,31 @@ def laid_out(network: CausalLM, unit: Unit, weight: Tensor) -> Tensor:
     return unit.view.stored_form(weight, part.shape).to(parameter).contiguous()
 
 
+def as_parameters(network: CausalLM, units: Mapping[str, Unit], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as parameters for `torch.func.functional_call`; gradients reach them.
+
+    Args:
+        network: whose parameters they take the place of; nothing of it is changed.
+        units: by name.
+        tensors: by unit, its weight (out, in), or by the full name of any other parameter.
+    Returns:
+        by the full name of a parameter, in its layout, dtype and device.
+    """
+    parameters: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        unit = units.get(name)
+        if unit is None or unit.view is None:
+            parameters[name] = tensor
+            continue
+        view, whole = unit.view, network.parameter(unit.view.tensor).data
+        stored = view.stored_form(tensor, view.part(whole).shape).to(whole)
+        if view.whole:
+            parameters[view.tensor] = stored
+        else:  # one of several in a parameter
+            view.part(parameters.setdefault(view.tensor, whole.clone())).copy_(stored)
+    return parameters
+
+
 @contextmanager
 def installed(network: CausalLM, weights: Mapping[Unit, Tensor]) -> Iterator[None]:
     """Let units have other weights while parts of the network run.

@@ -1,9 +1,11 @@
 """`recover`: what wins quality back after compression, with the compressed structure kept.
 
 Each repair is one file and one line in `REPAIRS`: a function and the class `Params` of the same file, a `RepairEntry`.
-With scope `unit` the function is `fn(task, params) -> Level`: it makes the level of one unit anew. Grids, masks and
-codes of the level below stay bit for bit, unless the method is there to change them and says so. Other packages join
-through the entry point group `layerwise.repairs`, with the same `module:function` text.
+With scope `unit` the function is `fn(task, params) -> Level`: it makes the level of one unit anew. With scope `model`
+it is `fn(task, params) -> parts`, where `task` is a `parts.ModelRepair` and every `parts.Part` says what of a unit is
+free; `training.py` trains them all. Grids, masks and codes stay bit for bit, unless the method is there to change them
+and says so. Other packages join through the entry point group `layerwise.repairs`, with the same `module:function`
+text.
 
 Neither this module nor the methods import torch before they work, because a workflow is checked without it.
 """
@@ -27,6 +29,11 @@ REPAIRS = {
     "svd": "layerwise.stages.recover.svd:svd",
     "eora": "layerwise.stages.recover.eora:eora",
     "refit": "layerwise.stages.recover.refit:refit",
+    "perp": "layerwise.stages.recover.perp:perp",
+    "step_size": "layerwise.stages.recover.step_size:step_size",
+    "qat": "layerwise.stages.recover.qat:qat",
+    "finetune": "layerwise.stages.recover.finetune:finetune",
+    "lora": "layerwise.stages.recover.lora:lora",
 }
 
 REPAIR_GROUP = "layerwise.repairs"
@@ -43,8 +50,11 @@ class RepairEntry(Params):
     impl: ClassVar[int] = 1
     """Raised by hand whenever the same inputs would give another model; part of the stage's key."""
 
-    scope: ClassVar[Literal["unit"]] = "unit"
-    """What it works on at a time."""
+    scope: ClassVar[Literal["unit", "model"]] = "unit"
+    """What it works on at a time; one of scope `model` trains, and its parameters are `TrainingParams`."""
+
+    of_units: ClassVar[bool] = True
+    """Whether it is made of compressed units; else of parameters that are none."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Statistics that it reads, by their names in `layerwise.stages.calibrate.STATISTICS`."""

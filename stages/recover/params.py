@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Union
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from layerwise.stages.contract import Params
 from layerwise.stages.models.selection import Ignored, Targets
@@ -13,6 +13,9 @@ from layerwise.stages.recover import find_repair, repair_names
 
 ENTRY_TYPES = tuple(find_repair(name).params for name in repair_names())
 AnyEntry: Any = Annotated[Union[ENTRY_TYPES], Field(discriminator="method")]  # noqa: UP007 (made at run time)
+
+TRAINING = tuple(name for name in repair_names() if find_repair(name).params.scope == "model")
+"""Methods that train."""
 
 
 class RecoverParams(Params):
@@ -22,7 +25,21 @@ class RecoverParams(Params):
         min_length=1, description="one after another, each with its `method` and its parameters"
     )
     targets: Targets = Field([], description="compressed units to repair, as of `calibrate`; all of them if left out")
+    data: str | None = Field(
+        None,
+        description="the text that repairs are trained on, by its name in the workflow's data section; `calibration` "
+        "if one of them trains",
+    )
     ignore: Ignored = Field([], description="units to leave alone, in the same form")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trained_on(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("data") is not None or not isinstance(given.get("repairs"), list):
+            return given
+        methods = [entry.get("method") if isinstance(entry, dict) else entry.method for entry in given["repairs"]]
+        trains = any(name in TRAINING for name in methods)
+        return {**given, "data": "calibration"} if trains else given
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from layerwise.stages.recover import RepairEntry, UnitRepair
+from layerwise.stages.recover.grid_parts import GridParts, grid_misfit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +40,7 @@ class Params(RepairEntry):
         """It fits grids of rows and pruned weights, with an adapter beside them or without."""
         if recipe["encoding"] == "adapted":
             return self.misfit(recipe["base"])
-        if recipe["encoding"] in ("grid", "masked_grid"):
-            along = recipe.get("group_along") == "outputs"
-            return "its groups lie along outputs, so that no row has scales of its own" if along else None
-        return None if recipe["encoding"] == "mask" else f"{recipe['encoding']} has neither scales nor kept values"
+        return None if recipe["encoding"] == "mask" else grid_misfit(recipe)
 
 
 def refit(task: UnitRepair, params: Params) -> Level:
@@ -117,36 +115,10 @@ def _scales(level: Level, W: Tensor, H: Tensor, damp: float) -> Level:
 
 
 def scale_basis(level: Level) -> tuple[Tensor, Tensor, str]:
-    """A `grid` or `masked_grid` level, grouped along inputs, as what its scales multiply.
-
-    Returns:
-        (out, in) float64, the weight that scales of one would give; the scale of each column (in,), int64; and the
-        tensor that those scales are, `scale` or `scale_above`. With quantized scales it is exact up to their rounding
-        to float16.
-    """
-    from layerwise.kernels.packing import unpack
-    from layerwise.stages.levels.grid import group_grids
-    from layerwise.stages.levels.mask import kept
-    from layerwise.stages.levels.masked_grid import whole_grid
-
-    codes, scale, zero = whole_grid(level)
-    group = group_grids(level)[2].long()
-    recipe = level.recipe
-    basis = codes.double()
-    basis -= 2 ** (recipe["bits"] - 1) if zero is None else zero.double().index_select(1, group)
-    if "mask" in level.tensors:
-        basis *= kept(level)
-    if "input_scale" in level.tensors:
-        basis *= level.tensors["input_scale"].double()
-    if "scale" in level.tensors:
-        return basis, group, "scale"
-    top = 2 ** (recipe["scale_bits"] - recipe["scale_signed"])
-    stored = unpack(level.tensors["scale_codes"], recipe["scale_bits"], scale.numel()).view(scale.shape).double()
-    negative = stored >= top
-    shares = (stored - top * negative + 1) / top
-    basis *= shares.where(~negative, -shares).index_select(1, group)
-    above = group * 0 if recipe["scale_group"] == -1 else group // recipe["scale_group"]
-    return basis, above, "scale_above"
+    """A level as what its scales multiply: the weight (out, in) that scales of one would give, in float64, the scale of
+    each column, and the tensor that those scales are; see `GridParts`."""
+    parts = GridParts.of(level)
+    return (parts.codes - parts.zero.index_select(1, parts.group)) * parts.factor, parts.scale_of, parts.key
 
 
 def normal_equations(U: Tensor, W: Tensor, H: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:

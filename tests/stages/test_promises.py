@@ -36,7 +36,16 @@ CHAIN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("database", "profile"),
     ),
     "apply": ({}, ("allocations", "database")),
-    "recover": ({"repairs": [{"method": "eora", "rank": 2}, {"method": "svd", "rank": 1}]}, ("model", "statistics")),
+    "recover": (
+        {
+            "repairs": [
+                {"method": "eora", "rank": 2},
+                {"method": "perp", "steps": 3, "check_every": 2, "batch_size": 2},
+                {"method": "lora", "steps": 4, "check_every": 2, "batch_size": 2},
+            ]
+        },
+        ("model", "statistics"),
+    ),
     "evaluate": ({}, ("allocations", "database", "models")),
     "export": ({}, ("model",)),
 }
