@@ -142,7 +142,7 @@ class Calibrated:
         chosen = branch(Problem(costs={"bits": costs}, budgets={"bits": bits * self.n_weights}, losses=losses)).choice
         return {name: levels[number][name] for name, number in zip(names, chosen, strict=True)}
 
-    def remade(self, levels: Levels, menu: Sequence[MenuEntry]) -> Levels:
+    def remade(self, levels: Levels, menu: Sequence[MenuEntry], steps: int = 0) -> Levels:
         """The same levels made again block by block, as `apply` with `remake` does it."""
         dense = prefix = self._embedded()
         found = dict(levels)
@@ -153,7 +153,7 @@ class Calibrated:
                 level = levels[unit.name]
                 again = maker(menu, level.name).again(level.name)
                 given.append(Given(unit, self.network.weight(unit).clone(), level, again))
-            made = remake_block(self.network, block, self.ids, dense, prefix, given)
+            made = remake_block(self.network, block, self.ids, dense, prefix, given, steps=steps)
             found |= made.levels if made.better else {}
             weights = {unit.name: found[unit.name].decode() for unit in units}
             dense = self._run(block)[0].outputs

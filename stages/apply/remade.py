@@ -151,7 +151,9 @@ def _make_blocks(
     n_blocks = 1 + max(
         (unit.unit.block for unit in DatabaseIndex(database).units if unit.unit.block is not None), default=-1
     )
-    factory = partial(_open_remaker, context.model, database, allocation, made.path, folder, params.residual)
+    factory = partial(
+        _open_remaker, context.model, database, allocation, made.path, folder, params.residual, params.steps
+    )
     blocks: list[dict[str, Any]] = []
     with context.executor.replicas(factory) as pool:
         for block in range(n_blocks):
@@ -162,11 +164,17 @@ def _make_blocks(
 
 
 def _open_remaker(
-    model: ModelSource, database: Path, allocation: Allocation, sequences: Path, folder: Path, residual: float
+    model: ModelSource,
+    database: Path,
+    allocation: Allocation,
+    sequences: Path,
+    folder: Path,
+    residual: float,
+    steps: int,
 ) -> Remaker:
     from layerwise.stages.apply.remake import Remaker
 
-    return Remaker(model, database, allocation, sequences, folder, residual)
+    return Remaker(model, database, allocation, sequences, folder, residual, steps)
 
 
 def _compare(context: Context, models: Sequence[Path], judged: Tokens) -> list[Measurement]:

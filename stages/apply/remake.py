@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import NotFinite
+from layerwise.stages.apply.making_up import Moving, make_up
 from layerwise.stages.apply.remade import RESIDUAL, set_aside
 from layerwise.stages.compress import MenuEntry, Task, find_compressor
 from layerwise.stages.compress.block_run import BlockRun
@@ -102,6 +103,7 @@ def remake_block(
     given: Sequence[Given],
     dropped: Sequence[Unit] = (),
     share: float = RESIDUAL,
+    steps: int = 0,
 ) -> RemadeBlock:
     """Make the levels of a block again.
 
@@ -114,6 +116,8 @@ def remake_block(
         given: units of the block that have levels.
         dropped: its half-blocks that are left out.
         share: of the residual that a level makes up for.
+        steps: of gradient descent by which the weights that are left make up for those that are compressed, before each
+            step of the block.
     Returns:
         the levels, by unit, with the names that they have in the database.
     """
@@ -124,16 +128,24 @@ def remake_block(
     why: dict[str, str] = {}
     before = {name: one.level.decode() for name, one in by_name.items()}
     after = dict(before)
-    for step in pair.steps():
+    left = {name: Moving(name, one.weight, one.keep) for name, one in by_name.items() if one.again is not None}
+    for number, step in enumerate(pair.steps()):
         here = [by_name[name] for name in step if by_name[name].again is not None]
         why |= {name: "its method makes no level from a Hessian alone" for name in step if not by_name[name].again}
         if not here:
             continue
+        settled = {name: weight for name, weight in after.items() if name not in left}
+        moved = steps > 0 and (bool(settled) or not torch.equal(dense, prefix))
+        if moved:
+            pair.make_up(settled, list(left.values()), ~aside, steps=steps, seed=number)
         inputs = pair.inputs(after, here[0].unit, ~aside)
+        inputs.changed |= moved
         for one in here:
             name = one.unit.name
+            weight = left.pop(name).tensors()[name] if moved else one.weight
+            left.pop(name, None)
             try:
-                level = _made(one, inputs, share)
+                level = _made(replace(one, weight=weight), inputs, share)
             except NotFinite as error:
                 why[name] = error.message
                 continue
@@ -155,7 +167,7 @@ class _Inputs:
         hessian: (in, in), `X̂ X̂ᵀ`.
         residual: (in, in), `(X - X̂) X̂ᵀ`; None where the rows of the two do not belong together.
         tokens: rows.
-        changed: whether any input is another than in the dense model.
+        changed: whether any input, or the weight itself, is another than in the dense model.
     """
 
     hessian: Tensor | None = None
@@ -224,6 +236,15 @@ class _Pair:
                     found.residual = _plus(found.residual, (X[number] - rows).T @ rows)
         return found
 
+    def make_up(
+        self, settled: Mapping[str, Tensor], left: Sequence[Moving], chosen: Tensor, *, steps: int, seed: int
+    ) -> None:
+        """Let weights that are left make up for settled ones, on chosen sequences."""
+        run = self._prefix.of(chosen.nonzero()[:, 0])
+        run.outputs = self._dense.of(chosen.nonzero()[:, 0]).run({})
+        with self._without():
+            make_up(run, settled, left, steps=steps, seed=seed)
+
     def error(self, weights: Mapping[str, Tensor], chosen: Tensor) -> float:
         """Squared error of the block's output on chosen sequences, over the square of the dense output."""
         error = square = 0.0
@@ -266,7 +287,7 @@ class Remaker:
         allocation: which of them.
         sequences: (sequences, length) int64 token ids, a file of `layerwise.stages.data.text`.
         folder: gets the levels that were made again, as `write_unit` writes them.
-        share: of the residual that a level makes up for.
+        share, steps: as of `remake_block`.
     """
 
     def __init__(
@@ -277,11 +298,12 @@ class Remaker:
         sequences: Path,
         folder: Path,
         share: float = RESIDUAL,
+        steps: int = 0,
     ) -> None:
         from layerwise.stages.data.text import Tokens, load_sequences
 
         self._database, self._allocation, self._folder = Database(database, workflow), allocation, folder
-        self._share = share
+        self._share, self._steps = share, steps
         self._network = CausalLM.load(self._database.model(workflow))
         self._device = self._network.device
         self._units = {unit.name: unit for unit in (*self._network.units, *self._network.parents)}
@@ -308,7 +330,9 @@ class Remaker:
         given, dropped = self._given(block)
         if not given or any(parent.role == "block" for parent in dropped):
             return {"remade": [], "kept": {}, "before": None, "after": None, "better": False}
-        found = remake_block(self._network, block, self._ids, self._dense, self._prefix, given, dropped, self._share)
+        found = remake_block(
+            self._network, block, self._ids, self._dense, self._prefix, given, dropped, self._share, self._steps
+        )
         if found.better:
             for name, level in found.levels.items():
                 write_unit(self._folder, name, [level.to("cpu")])

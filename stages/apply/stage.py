@@ -60,6 +60,14 @@ class ApplyParams(Params):
         description="share of the error of its inputs that a layer makes up for, beside keeping its own small",
     )
 
+    steps: int = Field(
+        0,
+        ge=0,
+        description="of gradient descent before each step of a block, by which its weights that are still to be "
+        "compressed make up for those that are; 50 go further than `residual`, and take about as long as learned "
+        "rounding of 200",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _on_calibration_text(cls, given: Any) -> Any:
@@ -89,7 +97,7 @@ class ApplyParams(Params):
         return [find_compressor(name).run.__module__ for name in compressor_names()] if self.remake else ()
 
 
-_OF_REMAKE = ("data", "judge", "tokens", "residual")
+_OF_REMAKE = ("data", "judge", "tokens", "residual", "steps")
 """Parameters that say nothing without `remake`."""
 
 

@@ -183,6 +183,16 @@ def test_it_takes_the_same_bytes_and_the_better_model_is_written(
     assert len(changed) > 3 if remade["written"] else not changed
 
 
+def test_with_steps_levels_are_made_of_what_their_weights_have_become(applied: Callable[..., Any]) -> None:
+    plain, moved = applied("llama"), applied("llama", steps=10)
+    first, second = (remade_of(result)["blocks"][0] for result in (plain, moved))
+    assert first["remade"] == second["remade"], (
+        "the same units, those whose inputs are the dense model's not among them"
+    )
+    assert first["before"] == second["before"]
+    assert first["after"] != second["after"]
+
+
 def test_both_losses_are_those_of_the_models(applied: Callable[..., Any], chain: Callable[[str], Any]) -> None:
     bench = chain("llama").bench
     lm, ids = CausalLM.load(bench.model), tokens_of(bench)
@@ -281,7 +291,7 @@ def test_every_eighth_sequence_is_set_aside() -> None:
 def test_parameters_of_what_is_not_asked_for_are_refused_and_change_no_key() -> None:
     assert ApplyParams.model_validate({}).material() == {"pick": "knee"}
     assert ApplyParams.model_validate({"remake": True}).data == "calibration"
-    for more in ({"data": "calibration"}, {"judge": "heldout"}, {"tokens": 5}, {"residual": 1}):
+    for more in ({"data": "calibration"}, {"judge": "heldout"}, {"tokens": 5}, {"residual": 1}, {"steps": 1}):
         with pytest.raises(ValidationError, match="add remake: true"):
             ApplyParams.model_validate(more)
     with pytest.raises(ValidationError, match="judge is the text"):
