@@ -13,10 +13,10 @@ from pathlib import Path
 from layerwise.errors import DataError, UnsupportedModel, UsageError
 from layerwise.pipeline.artifacts import FileDigests, digest_of
 from layerwise.pipeline.workflow import Workflow
-from layerwise.pipeline.workflow.sources import Model, Text
+from layerwise.pipeline.workflow.sources import Model, Tensors, Text
 from layerwise.results.durable import replace_file
 from layerwise.results.told import warn_once
-from layerwise.stages.contract import ModelSource, TextSource
+from layerwise.stages.contract import ModelSource, TensorSource, TextSource
 from layerwise.stages.models.folder import BESIDE, SINGLE, ModelFolder, shards_of
 from layerwise.stages.models.positions import length_for
 from layerwise.stages.models.trust import CODE, check_links
@@ -38,7 +38,7 @@ class Fetched:
 
     model: ModelSource
     model_digest: str
-    data: Mapping[str, TextSource]
+    data: Mapping[str, TextSource | TensorSource]
     data_digests: Mapping[str, str]
 
 
@@ -52,7 +52,10 @@ def fetch(workflow: Workflow, root: Path, digests: FileDigests) -> Fetched:
     Raises:
         UnsupportedModel: no model in the folder, or it cannot be fetched.
         DataError: a dataset cannot be read, or sequences are longer than the model takes.
+        UsageError: a function of the user's is not there, or fails.
     """
+    if workflow.model.python is not None:
+        return _made(workflow, workflow.model.python, root)
     folder = workflow.model.path if workflow.model.path is not None else _download(workflow.model)
     found = ModelFolder(folder, workflow.model.trust)
     found.check()
@@ -61,13 +64,28 @@ def fetch(workflow: Workflow, root: Path, digests: FileDigests) -> Fetched:
         warn_once(f"{folder}: not part of the model, and not read: {', '.join(found.ignored)}")
     contents = {str(path.relative_to(folder)): digests.sha256(path) for path in found.files}
     trusted = {"trust": True} if workflow.model.trust else {}
-    texts = {name: _text_source(name, text, root, folder) for name, text in workflow.data.items()}
+    texts = {
+        name: _text_source(name, text, root, folder)
+        for name, text in workflow.data.items()
+        if isinstance(text, Text)  # of a language model all of it is, checked when it was read
+    }
     return Fetched(
         ModelSource(folder, workflow.model.dtype, trust=workflow.model.trust),
         digest_of({"files": contents, "dtype": workflow.model.dtype, **trusted}),
         texts,
         {name: _text_digest(text, digests) for name, text in texts.items()},
     )
+
+
+def _made(workflow: Workflow, python: str, root: Path) -> Fetched:
+    """A network of the user's own, and its tensors."""
+    from layerwise.pipeline.own_network import make_network, make_tensors
+
+    tensors = {name: entry for name, entry in workflow.data.items() if isinstance(entry, Tensors)}
+    made = {name: make_tensors(name, entry, root) for name, entry in tensors.items()}
+    sources = {name: source for name, (source, _) in made.items()}
+    model, digest = make_network(python, workflow.model.dtype, sources, root)
+    return Fetched(model, digest, sources, {name: digest for name, (_, digest) in made.items()})
 
 
 def _download(model: Model) -> Path:

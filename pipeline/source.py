@@ -49,6 +49,29 @@ def source_digest(*starts: Callable[..., Any] | str) -> str:
     return _digest(tuple(sorted({start if isinstance(start, str) else _module_of(start) for start in starts})))
 
 
+def file_digest(file: Path) -> str:
+    """The digest of a file of Python and of those beside it that it imports, directly or not, as of `source_digest`.
+
+    Raises:
+        SyntaxError: it is no Python.
+    """
+    found, waiting = {file}, [file]
+    total = hashlib.sha256()
+    pieces = {}
+    while waiting:
+        path = waiting.pop()
+        tree = ast.parse(path.read_bytes())
+        pieces[path.name] = hashlib.sha256("".join(_Spelling(tree).pieces).encode()).hexdigest()
+        for name in _imports(tree, ""):
+            beside = path.parent / f"{name.partition('.')[0]}.py"
+            if beside.is_file() and beside not in found:
+                found.add(beside)
+                waiting.append(beside)
+    for name in sorted(pieces):
+        total.update(f"{name} {pieces[name]}\n".encode())
+    return total.hexdigest()
+
+
 def source_modules(*starts: Callable[..., Any] | str) -> list[str]:
     """The modules that `source_digest` covers, by name."""
     return _reached(tuple(start if isinstance(start, str) else _module_of(start) for start in starts))

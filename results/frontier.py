@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 Cost = str
 """A name of `layerwise.results.resources.RESOURCES`."""
 
-Loss = Literal["heldout_kl", "kl", "heldout_perplexity"]
+Loss = Literal["heldout_kl", "kl", "heldout_perplexity", "heldout_accuracy"]
 
-HELDOUT: Mapping[str, str] = {"heldout_kl": "kl", "heldout_perplexity": "perplexity"}
+HELDOUT: Mapping[str, str] = {
+    "heldout_kl": "kl",
+    "heldout_perplexity": "perplexity",
+    "heldout_accuracy": "accuracy",
+}
 """Columns of `frontier_table` that come from the `metrics` table, with the metric's name there."""
+
+GREATER_IS_BETTER = frozenset({"heldout_accuracy"})
+"""Losses that are none: of these the greater is the better."""
 
 _UNREPAIRED = {"allocate", "apply"}
 """Stages whose model is the allocation itself; behind any other, a recovery say, it has been changed."""
@@ -124,12 +131,14 @@ def frontier_table(
         )
     ranked_by = _ranked_by(frame, loss)
     frame["ranked_by"] = ranked_by
-    frame["on_front"] = non_dominated(frame[[over, ranked_by]].to_numpy(dtype=np.float64, na_value=np.nan))
+    sign = -1.0 if ranked_by in GREATER_IS_BETTER else 1.0
+    points = frame[[over, ranked_by]].to_numpy(dtype=np.float64, na_value=np.nan) * [1.0, sign]
+    frame["on_front"] = non_dominated(points)
     front = frame[frame["on_front"]]
-    bend = knee(front[over], front[ranked_by])
+    bend = knee(front[over], sign * front[ranked_by])
     frame["knee"] = False if bend is None else frame.index == front.index[bend]
     shown = frame if dominated else frame[frame["on_front"]]
-    return shown.sort_values([over, ranked_by, "candidate"], ignore_index=True)
+    return shown.sort_values([over, ranked_by, "candidate"], ascending=[True, sign > 0, True], ignore_index=True)
 
 
 def dense_losses(store: Store, run: str | None = None, *, data: str | None = None) -> dict[str, float]:

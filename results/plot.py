@@ -28,6 +28,7 @@ _COST_TITLES = {name: resource.axis for name, resource in RESOURCES.items()} | {
 _LOSS_TITLES = {
     "heldout_kl": "KL to the dense model (held-out, nats/token)",
     "heldout_perplexity": "perplexity (held-out)",
+    "heldout_accuracy": "accuracy (held-out)",
     "kl": "KL to the dense model (search data, nats/token)",
 }
 _BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))

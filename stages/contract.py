@@ -81,6 +81,8 @@ class Stage:
         fill: completes its parameters from those of the stages that take its artifact, before keys are made: what
             `calibrate` gathers is what the menu behind it needs.
         notes: what it will leave out or fall back to, told before it runs; takes its parameters and the model.
+        any_network: whether, with given parameters, it takes networks of the user's own (`model: {python: ...}`), and
+            not only language models; never, if left out.
         on_gpu: whether, with given parameters, its work can be done on a GPU, where `Context.device` then is; never,
             if left out.
         impl: raised by hand whenever the same inputs would give other bytes; part of the stage's key, beside a hash of
@@ -98,12 +100,13 @@ class Stage:
     measures: Callable[[Any], Mapping[str, Any]] | None = None
     fill: Callable[[Any, Sequence[Any]], Params] | None = None
     notes: Callable[[Any, ModelSource], Iterable[str]] | None = None
+    any_network: Callable[[Any], bool] | None = None
     on_gpu: Callable[[Any], bool] | None = None
     impl: int = 1
 
 
 def always(params: Any) -> bool:
-    """For `Stage.on_gpu`: whatever the parameters are."""
+    """For `Stage.any_network` and `Stage.on_gpu`: whatever the parameters are."""
     return True
 
 
@@ -117,6 +120,8 @@ class ModelSource:
         compressed: a `model` artifact whose levels are laid over it; see `layerwise.stages.models.compressed`.
         trust: whether code that stands in the folder may run; see `layerwise.stages.models.trust`.
         device: that it is computed on, `cpu` or `cuda`.
+        python: of a network of the user's own, the function that makes it (`layerwise.stages.models.code`); `path` then
+            holds its weights.
     """
 
     path: Path
@@ -124,6 +129,7 @@ class ModelSource:
     compressed: Path | None = None
     trust: bool = False
     device: str = "cpu"
+    python: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,28 @@ class TextSource:
     paths: tuple[Path, ...]
     sequence_length: int
     tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Tensors for a network of the user's own.
+
+    Args:
+        name: its key in the workflow's `data:` section.
+        path: a safetensors file with `inputs`, (entries, ...), and, if known, `labels`, (entries,).
+        entries: how many.
+        labelled: whether there are labels.
+    """
+
+    name: str
+    path: Path
+    entries: int
+    labelled: bool = True
+
+    @property
+    def sequence_length(self) -> int:
+        """An entry counts as a sequence of one token."""
+        return 1
 
 
 class Replicas(Protocol[Item_contra, Answer]):
@@ -210,7 +238,7 @@ class Context:
         out: its output folder, empty at the start; what stands there at the end is the artifact.
         items: a folder that survives an interruption of this very stage, for files of finished items.
         model: the dense model.
-        data: the workflow's texts by name.
+        data: the workflow's texts, or tensors, by name.
         inputs: artifact folders by port; a port that is not `many` has exactly one.
         executor: its parallelism.
         record: appends rows to a results table; they are durable when it returns.
@@ -220,7 +248,7 @@ class Context:
     out: Path
     items: Path
     model: ModelSource
-    data: Mapping[str, TextSource]
+    data: Mapping[str, TextSource | TensorSource]
     inputs: Mapping[str, tuple[Path, ...]]
     executor: Executor
     record: Callable[[str, Sequence[Row]], None]

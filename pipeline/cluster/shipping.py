@@ -70,7 +70,16 @@ class Cargo:
 
 
 def cargo(workflow: Workflow) -> Cargo:
-    """The files of the model, if it is a local folder, and the local texts."""
+    """The files of the model, if it is a local folder, and the local texts.
+
+    Raises:
+        UsageError: the model is code of the user's, which is not shipped.
+    """
+    if workflow.model.python is not None:
+        raise UsageError(
+            f"the network of {workflow.model.python} cannot be submitted: its code is not shipped",
+            hint="run it where the code and the cluster are: layerwise run FILE --address HOST:PORT",
+        )
     files: dict[Path, str] = {}
     if workflow.model.path is not None:
         folder = workflow.model.path

@@ -24,8 +24,8 @@ def print_table(frame: pd.DataFrame, format_: Format) -> None:
 def print_frontier(frame: pd.DataFrame, format_: Format, over: str | None = None) -> None:
     """A frontier; for people without the columns that say the same in every row.
 
-    Of the costs they see the three figures of size that always stand side by side, the milliseconds if there are any,
-    and the one that was asked for.
+    Perplexity is that of language models, accuracy that of classifiers. Of the costs they see the three figures of size
+    that always stand side by side, the milliseconds if there are any, and the one that was asked for.
     """
     if format_ in TO_READ and len(frame):
         same = frame.iloc[0]
@@ -33,6 +33,10 @@ def print_frontier(frame: pd.DataFrame, format_: Format, over: str | None = None
         print(f"run {same['run']}, Pareto frontier by {same['ranked_by']}{text}\n")
         frame = frame.drop(columns=["run", "metric", "heldout_data", "ranked_by"])
         frame = frame.drop(columns=[name for name in ("on_front",) if frame[name].all()])
+        if frame["heldout_accuracy"].isna().all():
+            frame = frame.drop(columns="heldout_accuracy")
+        elif frame["heldout_perplexity"].isna().all():
+            frame = frame.drop(columns="heldout_perplexity")
         shown = {"bits", "effective_bits", "bytes", over, None if frame["ms"].isna().all() else "ms"}
         frame = frame.drop(columns=[name for name in RESOURCES if name not in shown])
     print_table(frame, format_)

@@ -18,7 +18,7 @@ def frontier(
     run: RunArgument = None,
     over: Annotated[str, typer.Option(help=f"the cost on one axis: {', '.join(RESOURCES)}")] = "bits",
     loss: Annotated[
-        Literal["heldout_kl", "heldout_perplexity", "kl"] | None,
+        Literal["heldout_kl", "heldout_perplexity", "heldout_accuracy", "kl"] | None,
         typer.Option(help="the loss on the other; held-out KL if everything has it"),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="only allocations of this stage")] = None,

@@ -163,7 +163,8 @@ class Run:
         """Say what stages will leave out or fall back to, before any of them spends hours on the rest, and refuse to
         begin where a GPU is missing."""
         if self.sources.model.trust:
-            self.display.note(f"the model may run code of its own, in {self.sources.model.path} (`trust: true`)")
+            where = self.sources.model.python or f"code of its own, in {self.sources.model.path}"
+            self.display.note(f"the model may run {where} (`trust: true`)")
         on_gpu = any(node.resources.device != "cpu" for node in self.workflow.nodes)
         if on_gpu or any(getattr(node.stage, "notes", None) for node in self.workflow.nodes):
             plans = self.plan()

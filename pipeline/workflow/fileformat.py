@@ -44,18 +44,28 @@ class Part(BaseModel):
 
 
 class ModelEntry(Part):
-    """The dense model: a local folder (`path`) or a Hugging Face id (`id`)."""
+    """The dense model: a local folder (`path`), a Hugging Face id (`id`), or a function that makes it (`python`)."""
 
     path: str | None = Field(None, description="Folder with config.json and safetensors, relative to this file.")
     id: str | None = Field(None, description="Hugging Face id such as meta-llama/Meta-Llama-3-8B.")
+    python: str | None = Field(
+        None,
+        description="Function of yours that gives a trained torch.nn.Module, file.py:function (relative to this file) "
+        "or package.module:function; needs trust: true.",
+    )
     revision: str | None = Field(None, description="Commit of a Hugging Face model; a branch is not reproducible.")
     dtype: Dtype = Field("float32", description="What the dense model is computed in.")
-    trust: bool = Field(False, description="Run Python code that the model's folder brings; read it first.")
+    trust: bool = Field(
+        False,
+        description="Run Python code that the model's folder brings, or that `python` names; read it first.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelEntry:
-        if (self.path is None) == (self.id is None):
-            raise ValueError("give either path (a folder) or id (a Hugging Face id)")
+        if sum(source is not None for source in (self.path, self.id, self.python)) != 1:
+            raise ValueError("give either path (a folder), id (a Hugging Face id) or python (a function)")
+        if self.python is not None and not self.trust:
+            raise ValueError(f"{self.python} is code, which can do whatever you can, and is not run; add trust: true")
         if self.revision is not None and self.id is None:
             raise ValueError("revision belongs to a Hugging Face id, not to a folder")
         return self
@@ -84,6 +94,16 @@ class DatasetEntry(Part):
     sequence_length: int | None = Field(
         None, gt=1, description="Tokens of one sequence; as many as the model takes, up to 2048, if left out."
     )
+
+
+class TensorEntry(Part):
+    """Tensors for a network of your own (`model: {python: ...}`)."""
+
+    python: str = Field(
+        description="Function of yours that gives inputs, (entries, ...), or (inputs, labels), as tensors or arrays; "
+        "file.py:function (relative to this file) or package.module:function."
+    )
+    entries: Count | None = Field(None, description="How many to use, spread evenly; all of them if left out.")
 
 
 class ResourcesEntry(Part):
@@ -119,8 +139,8 @@ class WorkflowFile(Part):
     description: str | None = Field(None, description="For the reader.")
     extends: str | None = Field(None, description="A workflow file that this one changes: maps merge, lists replace.")
     model: str | ModelEntry = Field(description="The dense model: a folder or a Hugging Face id.")
-    data: dict[Name, TextEntry | DatasetEntry] = Field(
-        default_factory=dict, description="Texts by name, for calibration, search and reporting."
+    data: dict[Name, TextEntry | DatasetEntry | TensorEntry] = Field(
+        default_factory=dict, description="Texts, or tensors, by name, for calibration, search and reporting."
     )
     params: dict[Name, Any] = Field(
         default_factory=dict, description="What `-p name=value` may set; used as `${{ params.name }}`."

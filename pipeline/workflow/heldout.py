@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from layerwise.pipeline.workflow.entries import Draft
 from layerwise.pipeline.workflow.report import Report, suggest
-from layerwise.pipeline.workflow.sources import Text
+from layerwise.pipeline.workflow.sources import Tensors, Text
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Place
 
 
@@ -26,7 +26,7 @@ class _Use:
     path: KeyPath
 
 
-def check_texts(drafts: Sequence[Draft], data: Mapping[str, Text | None], report: Report) -> None:
+def check_texts(drafts: Sequence[Draft], data: Mapping[str, Text | Tensors | None], report: Report) -> None:
     """Report every text that is not declared, and every reported-on text that was calibrated or searched on.
 
     Args:
@@ -61,7 +61,7 @@ def _uses(draft: Draft) -> list[_Use]:
     return found
 
 
-def _shared(text: str, other: str, data: Mapping[str, Text | None]) -> str | None:
+def _shared(text: str, other: str, data: Mapping[str, Text | Tensors | None]) -> str | None:
     """What two texts have in common, as a part of the sentence in `check_texts`."""
     if text == other:
         return "is also what"

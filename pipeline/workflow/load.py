@@ -27,7 +27,7 @@ from layerwise.pipeline.workflow.layers import apply_params, apply_profile, appl
 from layerwise.pipeline.workflow.mistakes import validate
 from layerwise.pipeline.workflow.placing import Asked, gpu_at_hand, place
 from layerwise.pipeline.workflow.report import Report, describe
-from layerwise.pipeline.workflow.sources import Model, Text, read_model, read_texts
+from layerwise.pipeline.workflow.sources import Model, Tensors, Text, check_family, read_model, read_texts
 from layerwise.pipeline.workflow.yaml12 import Place, Tree
 from layerwise.stages.contract import BEFORE, Params, Stage
 
@@ -85,7 +85,7 @@ class Workflow:
     name: str
     description: str | None
     model: Model
-    data: Mapping[str, Text]
+    data: Mapping[str, Text | Tensors]
     params: Mapping[str, Any]
     resources: Resources
     nodes: tuple[Node, ...]
@@ -142,6 +142,7 @@ def load_workflow(
     header = validate(WorkflowFile, head, (), report)
     model = read_model(head, report)
     data = read_texts(head, report)
+    check_family(model, data, head, report)
     default_resources = head.entries.get("resources", Tree({}, tree.place))
     device = "auto" if header is None else header.device
     drafts = read_stages(tree, declared, default_resources, device, catalogue, report)
@@ -151,6 +152,8 @@ def load_workflow(
     drafts = _filled(drafts, inputs, order, report)
     check_texts(drafts, data, report)
     _check_together(drafts, inputs, report)
+    if model is not None and model.python is not None:
+        _check_any_network(drafts, report)
     placed = _placed(drafts, report)
     if report.mistakes or header is None or model is None:
         raise WorkflowError(report.mistakes, hint=_hint(drafts))
@@ -224,6 +227,15 @@ def _check_together(drafts: Sequence[Draft], inputs: Mapping[str, Inputs], repor
             continue
         for path, text in wiring.stage.check(draft.params, feeding):
             report.add(draft.given.place_of(path), (*wiring.path, "with", *path), text)
+
+
+def _check_any_network(drafts: Sequence[Draft], report: Report) -> None:
+    """Report stages that take language models only, where the model is a network of the user's own."""
+    for draft in drafts:
+        stage, params = draft.wiring.stage, draft.params
+        if stage is not None and params is not None and not (stage.any_network and stage.any_network(params)):
+            how = "" if stage.any_network is None else ", with these parameters"
+            report.add(draft.wiring.place, draft.wiring.path, f"{stage.name} takes language models only{how}")
 
 
 def _placed(drafts: Sequence[Draft], report: Report) -> dict[str, tuple[Asked, Resources]]:

@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerwise.pipeline.workflow.expressions import unresolved
-from layerwise.pipeline.workflow.fileformat import DatasetEntry, ModelEntry, TextEntry
+from layerwise.pipeline.workflow.fileformat import DatasetEntry, ModelEntry, TensorEntry, TextEntry
 from layerwise.pipeline.workflow.mistakes import validate
 from layerwise.pipeline.workflow.report import Report
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree
+from layerwise.stages.models.code import NAMED_LIKE, split
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Model:
-    """The dense model: a local folder, or a Hugging Face id that is still to be fetched.
+    """The dense model: a local folder, a Hugging Face id that is still to be fetched, or a function that makes it.
 
     Args:
-        path: the folder, absolute; None for a Hugging Face id.
+        path: the folder, absolute; None for a Hugging Face id or a function.
         revision: of a Hugging Face model.
         trust: whether code that it brings may run.
+        python: a function of the user's own, its file absolute (`layerwise.stages.models.code`).
     """
 
     path: Path | None
@@ -36,15 +39,17 @@ class Model:
     revision: str | None = None
     dtype: str = "float32"
     trust: bool = False
+    python: str | None = None
 
     @property
     def name(self) -> str:
-        """The folder or the id."""
-        return str(self.path or self.id)
+        """The folder, the id or the function."""
+        return str(self.path or self.id or self.python)
 
     def resolved(self) -> dict[str, Any]:
         """As it would stand in a file, with nothing left to defaults."""
-        source = {"path": str(self.path)} if self.path is not None else {"id": self.id}
+        named = {"path": None if self.path is None else str(self.path), "id": self.id, "python": self.python}
+        source = {key: value for key, value in named.items() if value is not None}
         revision = {} if self.revision is None else {"revision": self.revision}
         return {**source, **revision, "dtype": self.dtype, **({"trust": True} if self.trust else {})}
 
@@ -82,6 +87,33 @@ class Text:
         return files | {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """An entry of `data:`: tensors that a function of the user's gives.
+
+    Args:
+        python: the function, its file absolute.
+        entries: how many to use; None for all.
+    """
+
+    python: str
+    entries: int | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """No text files."""
+        return ()
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """What they come from; two with an origin in common are not independent."""
+        return frozenset([self.python])
+
+    def resolved(self) -> dict[str, Any]:
+        """As it would stand in a file, with nothing left to defaults."""
+        return {"python": self.python} | ({} if self.entries is None else {"entries": self.entries})
+
+
 def read_model(header: Tree, report: Report) -> Model | None:
     """The dense model of a resolved workflow; None for one with mistakes."""
     tree = header.entries.get("model")
@@ -92,7 +124,10 @@ def read_model(header: Tree, report: Report) -> Model | None:
     entry = validate(ModelEntry, tree, ("model",), Report())
     if entry is None:
         return None
-    key = "path" if entry.path is not None else "id"
+    key = next(key for key in ("path", "id", "python") if getattr(entry, key) is not None)
+    if key == "python":
+        function = _find_function(tree.entries[key], ("model", key), report)
+        return Model(None, None, None, entry.dtype, entry.trust, function)
     options = {"dtype": entry.dtype, "revision": entry.revision, "trust": entry.trust}
     return _find_model(tree.entries[key], ("model", key), options, report)
 
@@ -112,15 +147,50 @@ def _find_model(tree: Tree, path: KeyPath, options: dict[str, Any], report: Repo
     return Model(folder, None, **options)
 
 
-def read_texts(header: Tree, report: Report) -> dict[str, Text | None]:
+def _find_function(tree: Tree, path: KeyPath, report: Report) -> str:
+    """The name of a function with its file absolute; nothing is run or imported."""
+    name = str(tree.value)
+    parts = split(name)
+    if parts is None:
+        report.add(tree.place, path, f"'{name}' names no function: {NAMED_LIKE}")
+        return name
+    file, module, function = parts
+    if file is None:
+        beside = _absolute(f"{module}.py", tree.place)
+        return f"{beside}:{function}" if beside.is_file() else name
+    file = _absolute(str(file), tree.place)
+    if not file.is_file():
+        report.add(tree.place, path, f"file not found: {file}")
+    return f"{file}:{function}"
+
+
+def check_family(model: Model | None, data: Mapping[str, Text | Tensors | None], header: Tree, report: Report) -> None:
+    """Report data that the model cannot be run on: text for a network of the user's own, tensors for any other."""
+    entries = header.entries.get("data", Tree({}, header.place)).entries
+    own = model is not None and model.python is not None
+    for name, entry in data.items() if model is not None else ():
+        if entry is not None and isinstance(entry, Tensors) != own:
+            given = "a network of your own takes tensors" if own else "a language model takes text"
+            report.add(entries[name].place, ("data", name), f"{given}: {_TAKES[own]}")
+
+
+_TAKES = {True: "give {python: file.py:function}", False: "give {text: file}, or a model of your own: {python: ...}"}
+
+
+def read_texts(header: Tree, report: Report) -> dict[str, Text | Tensors | None]:
     """The entries of `data:` of a resolved workflow by name; None for one with mistakes."""
     data = header.entries.get("data", Tree({}, header.place))
     return {name: _read_text(child, ("data", name), report) for name, child in data.entries.items()}
 
 
-def _read_text(tree: Tree, path: KeyPath, report: Report) -> Text | None:
+def _read_text(tree: Tree, path: KeyPath, report: Report) -> Text | Tensors | None:
     if unresolved(tree):
         return None
+    if "python" in tree.entries:
+        made = validate(TensorEntry, tree, path, Report())
+        if made is None:
+            return None
+        return Tensors(_find_function(tree.entries["python"], (*path, "python"), report), made.entries)
     if "dataset" in tree.entries:
         hub = validate(DatasetEntry, tree, path, Report())
         return None if hub is None else Text(**hub.model_dump())

@@ -28,7 +28,7 @@ from layerwise.stages.allocate.costs import Amount, CostTable, budget_text, load
 from layerwise.stages.allocate.methods import find_search, find_solver, is_search, search_names, solver_names
 from layerwise.stages.contract import BEFORE, Context, Params, Port, Stage, always
 from layerwise.stages.data.text import tokenized
-from layerwise.stages.evaluate.scoring import Request, evaluator_factory, perplexity, score
+from layerwise.stages.evaluate.scoring import Request, Score, evaluator_factory, perplexity, score
 from layerwise.stages.levels.database import DatabaseIndex
 from layerwise.stages.models.selection import valid_patterns
 from layerwise.stages.quantities import Count
@@ -249,14 +249,20 @@ def allocate(context: Context, params: AllocateParams) -> None:
             found.append((allocation, solution, effort))
         searches.flush()
         genomes = tuple(allocation.genome for allocation, _, _ in found)
-        scores = score(pool, Request(genomes, ("kl", "nll")), workers=context.executor.workers, note="allocations")
+        metrics = ("kl", "nll") if tokens.labelled else ("kl",)
+        scores = score(pool, Request(genomes, metrics), workers=context.executor.workers, note="allocations")
     rows, allocations = [], []
     for (unmeasured, solution, effort), measured in zip(found, scores, strict=True):
-        allocation = replace(unmeasured, kl=measured["kl"]["mean"], perplexity=perplexity(measured["nll"]["mean"]))
+        allocation = replace(unmeasured, kl=measured["kl"]["mean"], perplexity=_perplexity(measured))
         allocations.append(allocation)
         rows.append(_row(allocation, solution) | effort | {"profile_tokens": profile_tokens})
     save_allocations(context.out, allocations)
     context.record("allocations", rows)
+
+
+def _perplexity(measured: Score) -> float | None:
+    """Of what can be predicted and was; None where the data does not say what is right."""
+    return perplexity(measured["nll"]["mean"]) if "nll" in measured else None
 
 
 def _profiled_losses(
@@ -350,5 +356,6 @@ STAGE = Stage(
     data=("data",),
     check=mistakes,
     impl=2,
+    any_network=always,
     on_gpu=always,
 )

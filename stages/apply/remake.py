@@ -391,7 +391,7 @@ class Remaker:
             elif not entry.is_parent and level.recipe["encoding"] != "dense":
                 known = entry.level(name)
                 made_here = known.status == "ok" and known is not entry.levels[UNCHANGED]
-                again = maker(self._menu, name).again(name) if made_here else None
+                again = maker(self._menu, name).again(name) if made_here and entry.unit.groups == 1 else None
                 unit = self._units[entry.name]
                 weight = self._network.weight(unit).clone()
                 before = self._database.level(entry.name, entry.levels[UNCHANGED].name)

@@ -188,5 +188,6 @@ STAGE = Stage(
     gives="model",
     takes={"allocations": Port("allocations"), "database": Port("database")},
     data=("data", "judge"),
+    any_network=lambda params: not params.packed and not params.remake,
     on_gpu=lambda params: params.remake,
 )

@@ -35,7 +35,7 @@ class Statistic:
         of: what it is taken of: `inputs`, those of a unit, (rows, in), one row for each token that reaches it;
             `gradients`, that of the loss of one sequence to a unit's weight, (out, in); `hidden`, the hidden states
             before each block, which are kept as they are.
-        measure: of one batch, a tensor; not of `hidden`.
+        measure: of one batch, a tensor; not of `hidden`. Of a convolution in groups it is called for each group.
         merge: of two such tensors, that of both batches together. Shards are merged in their order.
         neutral: what stands for a unit that nothing multiplies (an embedding that is looked up), given the number of
             tokens.

@@ -16,17 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layerwise.errors import UsageError
 from layerwise.results.durable import settle_file
 from layerwise.results.links import unfinished
 from layerwise.stages.calibrate import Statistic, find_statistic
-from layerwise.stages.models.causal_lm import CausalLM
-from layerwise.stages.models.inputs import observed
-from layerwise.stages.models.network import Unit
+from layerwise.stages.models.in_blocks import InBlocks
+from layerwise.stages.models.inputs import observed, reading
+from layerwise.stages.models.network import BEGIN, Unit
 
 
 @dataclass
@@ -53,7 +55,7 @@ def statistic_file(folder: Path, statistic: str, position: int, shard: int | Non
 
 
 def collect(
-    network: CausalLM,
+    network: InBlocks,
     units: Sequence[Unit],
     sequences: Tensor,
     folder: Path,
@@ -61,29 +63,36 @@ def collect(
     statistics: Sequence[str],
     shard: int,
     batch_size: int,
+    labels: Tensor | None = None,
 ) -> Gathered:
     """Write one file of each statistic for each part of the network.
 
     Args:
         network: the model.
         units: the units to take statistics of.
-        sequences: (sequences, length) int64, those of the shard.
+        sequences: (sequences, length) int64, those of the shard; of a classifier its inputs, (entries, ...).
         folder: gets the files, see `statistic_file`.
         statistics: their names.
         shard: its number, for the names of the files.
         batch_size: sequences that run at a time.
+        labels: (entries,), of a classifier, for gradients of its loss.
+    Raises:
+        UsageError: there are no labels where gradients are needed.
     """
     found = {name: find_statistic(name) for name in statistics}
     gathered = Gathered()
     hidden_kept = [name for name, statistic in found.items() if statistic.of == "hidden"]
     of_inputs = {name: statistic for name, statistic in found.items() if statistic.of == "inputs"}
     batches = sequences.to(network.device).split(batch_size)
-    hidden = [network.begin(batch).hidden.cpu() for batch in batches]
+    before = _Measuring(network, of_inputs, gathered)
+    with observed(network, [unit for unit in units if unit.positions[-1] == BEGIN], before.add):
+        hidden = [network.begin(batch).hidden.cpu() for batch in batches]
+    before.save(folder, BEGIN, shard)
     for position in range(network.n_blocks + 1):
         for name in hidden_kept:
             _save({"ids": sequences, "hidden": torch.cat(hidden)}, statistic_file(folder, name, position, shard))
         members = [unit for unit in units if unit.multiplied and unit.positions[-1] == position]
-        measuring = _Measuring(of_inputs, gathered)
+        measuring = _Measuring(network, of_inputs, gathered)
         if position < network.n_blocks:
             with observed(network, members, measuring.add):
                 for number, batch in enumerate(batches):
@@ -92,17 +101,15 @@ def collect(
                     hidden[number] = network.run_block(position, state, network.begin(batch)).cpu()
         elif members:
             _see_the_head(network, members, hidden, batches, measuring)
-        for name, tensors in measuring.totals.items():
-            if tensors:
-                _save(tensors, statistic_file(folder, name, position, shard))
+        measuring.save(folder, position, shard)
     gradients = {name: statistic for name, statistic in found.items() if statistic.of == "gradients"}
     if gradients:
-        _take_gradients(network, units, sequences, gradients, folder, shard)
+        _take_gradients(network, units, sequences, labels, gradients, folder, shard)
     return gathered
 
 
 def _see_the_head(
-    network: CausalLM,
+    network: InBlocks,
     members: Sequence[Unit],
     hidden: Sequence[Tensor],
     batches: Sequence[Tensor],
@@ -110,12 +117,17 @@ def _see_the_head(
 ) -> None:
     """The head's inputs, without the logits: those of a batch can be larger than the model."""
 
+    waiting: set[str] = set()
+
     def see(unit: Unit, X: Tensor, whole: Tensor) -> None:
         measuring.add(unit, X, whole)
-        raise _Enough
+        waiting.discard(unit.name)
+        if not waiting:
+            raise _Enough
 
     with observed(network, members, see):
         for state, batch in zip(hidden, batches, strict=True):
+            waiting |= {unit.name for unit in members}
             with suppress(_Enough):
                 network.end(state.to(network.device), network.begin(batch))
 
@@ -123,27 +135,39 @@ def _see_the_head(
 class _Measuring:
     """Adds up statistics of the inputs of units while a part of the network runs."""
 
-    def __init__(self, statistics: Mapping[str, Statistic], gathered: Gathered) -> None:
-        self.statistics, self.gathered = statistics, gathered
+    def __init__(self, network: InBlocks, statistics: Mapping[str, Statistic], gathered: Gathered) -> None:
+        self.network, self.statistics, self.gathered = network, statistics, gathered
         self.totals: dict[str, dict[str, Tensor]] = {name: {} for name in statistics}
-        self._readers: dict[int, tuple[str, Tensor]] = {}
+        self._readers: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
 
     def add(self, unit: Unit, X: Tensor, whole: Tensor) -> None:
         """One input of a unit, as rows, and the tensor that it came in."""
         owners, counts = self.gathered.owners, self.gathered.counts
         counts[unit.name] = counts.get(unit.name, 0) + _n_tokens(unit, X)
-        owner, _ = self._readers.get(id(whole), (None, None))
+        read = (id(whole), *reading(self.network.owner(unit)))
+        owner, _ = self._readers.get(read, (None, None))
         if owner is not None and owner != unit.name and owners.get(unit.name, owner) == owner:
             owners[unit.name] = owner
             return
         # The tensor is kept, so that its id stays its own; the next call of the same unit replaces it.
         self._readers = {key: kept for key, kept in self._readers.items() if kept[0] != unit.name}
-        self._readers[id(whole)] = unit.name, whole
+        self._readers[read] = unit.name, whole
         owners[unit.name] = unit.name
-        for name, statistic in self.statistics.items():
-            measured = statistic.measure(X)
-            totals = self.totals[name]
-            totals[unit.name] = statistic.merge(totals[unit.name], measured) if unit.name in totals else measured
+        for group, rows in zip(group_names(unit.name, unit.groups), X.tensor_split(unit.groups, dim=1), strict=True):
+            for name, statistic in self.statistics.items():
+                measured, totals = statistic.measure(rows), self.totals[name]
+                totals[group] = statistic.merge(totals[group], measured) if group in totals else measured
+
+    def save(self, folder: Path, position: int, shard: int) -> None:
+        """Write what was found of one part of the network."""
+        for name, tensors in self.totals.items():
+            if tensors:
+                _save(tensors, statistic_file(folder, name, position, shard))
+
+
+def group_names(unit: str, groups: int) -> list[str]:
+    """Under which names the statistics of a unit stand in their file."""
+    return [unit] if groups == 1 else [f"{unit}#{group}" for group in range(groups)]
 
 
 def _n_tokens(unit: Unit, X: Tensor) -> int:
@@ -152,9 +176,10 @@ def _n_tokens(unit: Unit, X: Tensor) -> int:
 
 
 def _take_gradients(
-    network: CausalLM,
+    network: InBlocks,
     units: Sequence[Unit],
     sequences: Tensor,
+    labels: Tensor | None,
     statistics: Mapping[str, Statistic],
     folder: Path,
     shard: int,
@@ -165,9 +190,15 @@ def _take_gradients(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
-        for ids in sequences.to(network.device).split(1):
-            logits = network.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+        for number, ids in enumerate(sequences.to(network.device).split(1)):
+            targets = network.targets(ids, None if labels is None else labels[number : number + 1].to(network.device))
+            if targets is None:
+                raise UsageError(
+                    f"{', '.join(statistics)} needs the loss, and the data has no labels",
+                    hint="let the function of the data give (inputs, labels)",
+                )
+            logits = network.forward(ids).float().reshape(network.predictions(ids), -1)[: targets.shape[1]]
+            torch.nn.functional.cross_entropy(logits, targets[0], reduction="sum").backward()
             for unit in units:
                 gradient = parameters[unit.view.tensor].grad if unit.view is not None else None
                 if unit.view is None or gradient is None:

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from layerwise.errors import UsageError
 from layerwise.stages.calibrate import find_statistic, in_order
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage, always
-from layerwise.stages.data.text import Tokens, load_sequences, tokenized
+from layerwise.stages.data.text import Tokens, load_labels, load_sequences, tokenized
 from layerwise.stages.models.selection import Ignored, Targets, unit_rows
 
 
@@ -130,13 +130,14 @@ def _collect_shard(
 ) -> dict[str, Any]:
     """Statistics of one shard, as files; what the stage needs to know of the model comes back."""
     from layerwise.stages.calibrate.collect import Gathered, collect
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.loading import load_network
     from layerwise.stages.models.network import select_units
     from layerwise.stages.models.survey import survey_model
 
-    network = CausalLM.load(model)
+    network = load_network(model)
     units = select_units(network.units, params.targets, params.ignore, network.uncovered)
     sequences = load_sequences(tokens).tensor_split(params.shards)[shard]
+    labels = load_labels(tokens)
     gathered = Gathered()
     if len(sequences):
         gathered = collect(
@@ -147,9 +148,10 @@ def _collect_shard(
             statistics=statistics,
             shard=shard,
             batch_size=params.batch_size,
+            labels=None if labels is None else labels.tensor_split(params.shards)[shard],
         )
     return {
-        "n_tokens": sequences.numel(),
+        "n_tokens": len(sequences) * network.predictions(sequences),
         "selected": [unit.name for unit in units],
         "owners": gathered.owners,
         "counts": gathered.counts,
@@ -188,5 +190,6 @@ STAGE = Stage(
     data=("data",),
     fill=fill,
     notes=notes,
+    any_network=always,
     on_gpu=always,
 )

@@ -70,14 +70,16 @@ class Statistics:
         return source_of(self.folder / MODEL, workflow)
 
     def tensor(self, unit: Unit, statistic: str) -> Tensor:
-        """A statistic of a unit; see the statistic's module for its shape.
+        """A statistic of a unit; see the statistic's module for its shape. Of the inputs of a convolution in groups it
+        has one more dimension before the others, the group.
 
         Raises:
             UsageError: it was not gathered, or not for this unit.
         """
+        import torch
         from safetensors import safe_open
 
-        from layerwise.stages.calibrate.collect import statistic_file
+        from layerwise.stages.calibrate.collect import group_names, statistic_file
 
         self._check_gathered(statistic)
         if unit.name not in self.selected:
@@ -90,6 +92,8 @@ class Statistics:
         if owner is None or not path.is_file():
             return kind.neutral(unit, self.index["n_tokens"] if not unit.multiplied else 0)
         with safe_open(path, framework="pt") as file:
+            if kind.of == "inputs" and unit.groups > 1:
+                return torch.stack([file.get_tensor(name) for name in group_names(owner, unit.groups)])
             tensor: Tensor = file.get_tensor(owner) if owner in file.keys() else kind.neutral(unit, 0)  # noqa: SIM118
             return tensor
 

@@ -76,6 +76,13 @@ class MenuEntry(Params):
         """What makes levels under the same names, in the same order, for a unit that too few tokens reached."""
         return None
 
+    def refuses(self, unit: Unit) -> str | None:
+        """Why it makes no levels of a unit, whose levels are then those of its fallback; None if it does.
+
+        A convolution in groups has a statistic for each of them, which a method must be written for.
+        """
+        return "its inputs come in groups" if unit.groups > 1 and self.needs else None
+
     def again(self, level: str) -> MenuEntry | None:
         """What makes one of its levels alone, of a single unit and from another Hessian; None if nothing does.
 

@@ -17,7 +17,7 @@ from layerwise.stages.contract import Context, ModelSource
 from layerwise.stages.models.network import Unit
 
 if TYPE_CHECKING:
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.in_blocks import InBlocks
 
 
 def compress_blocks(context: Context, params: CompressParams, chosen: Chosen) -> Path | None:
@@ -44,11 +44,11 @@ def compress_blocks(context: Context, params: CompressParams, chosen: Chosen) ->
 def _block_worker(
     source: ModelSource, statistics: Path, params: CompressParams, folder: Path
 ) -> Callable[[dict[str, Any]], None]:
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.loading import load_network
 
     return partial(
         _compress_block,
-        network=CausalLM.load(source),
+        network=load_network(source),
         source=source,
         statistics=statistics,
         params=params,
@@ -59,7 +59,7 @@ def _block_worker(
 def _compress_block(
     item: dict[str, Any],
     *,
-    network: CausalLM,
+    network: InBlocks,
     source: ModelSource,
     statistics: Path,
     params: CompressParams,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.stages.models.causal_lm import CausalLM
+from layerwise.stages.models.in_blocks import InBlocks
 from layerwise.stages.models.inputs import observed
 from layerwise.stages.models.installed import as_parameters, installed, laid_out
 from layerwise.stages.models.network import Unit
@@ -29,7 +29,7 @@ class BlockRun:
 
     def __init__(
         self,
-        network: CausalLM,
+        network: InBlocks,
         index: int,
         units: Sequence[Unit],
         ids: Tensor,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerwise.stages.levels.level import Level
+    from layerwise.stages.models.network import Unit
 
 DAMP_STEP = 0.01
 LEAF = 8
@@ -85,6 +86,11 @@ class Params(StoredGridParams):
         damping = [] if self.damp_percent == 0.01 else [f"damp{self.damp_percent:g}"]
         return [*super()._name_suffixes(), *order, *([] if self.grid == "hessian" else [self.grid]), *damping]
 
+    def refuses(self, unit: Unit) -> str | None:
+        """Of a convolution in groups each group is a layer of its own, so grids must not reach over several."""
+        stored_apart = self.desc_act is not True and self.scale_bits == WHOLE and not self.along_outputs
+        return None if stored_apart else super().refuses(unit)
+
     def fallback(self) -> rtn.Params:
         """Rounding to nearest, on the same grid."""
         shared = self.model_dump(include=set(StoredGridParams.model_fields) - {"method"})
@@ -112,42 +118,76 @@ def quantized(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor |
 
     Args:
         weight: (out, in), any float dtype; not changed.
-        hessian: (in, in), `X Xᵀ` of the calibration inputs, any float dtype; not changed.
+        hessian: (in, in), `X Xᵀ` of the calibration inputs, any float dtype; not changed. (groups, in, in) where equal
+            parts of the rows have inputs of their own; each is then a layer by itself.
         keep: (out, in) bool: weights that are not pruned. Pruned ones stay zero, and what that costs is made up for
             by the columns to come, as SparseGPT does it (arXiv:2301.00774, algorithm 1).
     """
+    import torch
+
     check_finite("weight", weight)
     check_finite("Hessian", hessian)
-    dtype = working_dtype(weight.device)
-    W, H = weight.detach().to(dtype).T.clone(), hessian.detach().to(weight.device, dtype, copy=True)
-    dead = H.diagonal() == 0
-    if dead.all():
+    if not hessian.diagonal(dim1=-2, dim2=-1).any():
         raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
-    H.diagonal()[dead] = 1  # inputs that are always zero: their weights are free, and become zero
-    W[dead] = 0
-
-    plan = _plan(H, len(weight), params)
-    U, damp_percent_used = inverse_factor(H[plan.order][:, plan.order], params.damp_percent)
-    made = _quantize_rows(W[plan.order], U, plan, params, None if keep is None else keep.T[plan.order])
+    hessians = hessian if hessian.dim() == 3 else hessian[None]
+    keeps = [None] * len(hessians) if keep is None else list(keep.chunk(len(hessians)))
+    parts = zip(weight.chunk(len(hessians)), hessians, keeps, strict=True)
+    layers = [_layer(W, H, params, kept) for W, H, kept in parts]
+    dtype = working_dtype(weight.device)
     recipe = {
         "desc_act": params.desc_act,
         "grid": params.grid,
         "damp_percent": params.damp_percent,
-        "damp_percent_used": damp_percent_used,
+        "damp_percent_used": max(layer.damp_percent_used for layer in layers),
         "block_size": params.block_size,
     } | precision_recipe(dtype)
     return [
         grid_or_masked(
             name,
             params.grid_recipe(bits) | recipe,
-            made.codes[plan.order.argsort(), b].T,
-            scale=made.scales[b],
-            zero=made.zeros[b],
-            group=plan.stored_groups,
+            torch.cat([layer.codes[b] for layer in layers]),
+            scale=_joined([layer.scales[b] for layer in layers]),
+            zero=torch.cat([layer.zeros[b] for layer in layers]),
+            group=layers[0].stored_groups,
             keep=keep,
         )
         for b, (name, bits) in enumerate(zip(params.level_names(), params.bits, strict=True))
     ]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What was made of rows with one Hessian: by bit-width codes (out, in), scales and zero points as of a level."""
+
+    codes: list[Tensor]
+    scales: list[Tensor | Scales]
+    zeros: list[Tensor]
+    stored_groups: Tensor | None
+    damp_percent_used: float
+
+
+def _layer(weight: Tensor, hessian: Tensor, params: Params, keep: Tensor | None) -> _Layer:
+    """Quantize rows with one Hessian; arguments as of `quantized`."""
+    dtype = working_dtype(weight.device)
+    W, H = weight.detach().to(dtype).T.clone(), hessian.detach().to(weight.device, dtype, copy=True)
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1  # inputs that are always zero: their weights are free, and become zero
+    W[dead] = 0
+
+    plan = _plan(H, len(weight), params)
+    U, damp_percent_used = inverse_factor(H[plan.order][:, plan.order], params.damp_percent)
+    made = _quantize_rows(W[plan.order], U, plan, params, None if keep is None else keep.T[plan.order])
+    back = plan.order.argsort()
+    codes = [made.codes[back, b].T for b in range(len(params.bits))]
+    return _Layer(codes, made.scales, made.zeros, plan.stored_groups, damp_percent_used)
+
+
+def _joined(scales: list[Tensor | Scales]) -> Tensor | Scales:
+    """The scales of all layers, one below the other; quantized ones are those of a single layer."""
+    import torch
+
+    whole = [scale for scale in scales if not isinstance(scale, Scales)]
+    return torch.cat(whole) if len(whole) == len(scales) else scales[0]
 
 
 @dataclass(frozen=True)

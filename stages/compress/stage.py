@@ -103,5 +103,6 @@ STAGE = Stage(
     takes={"statistics": Port("statistics", optional=True), "model": Port("model", optional=True)},
     check=mistakes,
     notes=notes,
+    any_network=always,
     on_gpu=always,
 )

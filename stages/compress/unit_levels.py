@@ -123,6 +123,9 @@ class Maker:
         """The levels of one menu entry."""
         if entry.needs and too_few(self.tokens, self.least_tokens):
             return self._fall_back(entry, f"only {self.tokens} calibration tokens reached it")
+        refused = entry.refuses(self.unit)
+        if refused is not None:
+            return self._fall_back(entry, refused)
         try:
             return self._keep(find_compressor(entry.method).run(self._task, entry)[self.unit.name])
         except NotFinite as error:
@@ -135,6 +138,9 @@ class Maker:
         assert blocks is not None
         if self.unit.block is None:
             return self._fall_back(entry, "it stands in no block")
+        refused = entry.refuses(self.unit)
+        if refused is not None:
+            return self._fall_back(entry, refused)
         if too_few(self.tokens, self.least_tokens):
             return self._fall_back(entry, f"only {self.tokens} calibration tokens reached it")
         failure = blocks / str(number) / f"{self.unit.block}.failed"

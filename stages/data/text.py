@@ -18,28 +18,34 @@ from numpy.typing import NDArray
 from layerwise.errors import DataError
 from layerwise.results.durable import settle_file
 from layerwise.results.links import unfinished
-from layerwise.stages.contract import Context, TextSource
+from layerwise.stages.contract import Context, TensorSource, TextSource
 from layerwise.stages.models.trust import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+TENSORS = ".safetensors"
+"""Ending of a file of tensors; token ids are kept in another."""
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """A text as sequences of token ids.
+    """A text as sequences of token ids, or the tensors of a network of the user's own.
 
     Args:
-        path: an .npy file, (sequences, length), int32.
-        total: tokens in it.
+        path: an .npy file, (sequences, length), int32; of tensors, as of `TensorSource`.
+        total: tokens in it; of tensors, entries.
+        labelled: whether it says what is right: a text does, by its next tokens.
     """
 
     path: Path
     total: int
+    labelled: bool = True
 
 
 def tokenized(context: Context, name: str) -> Tokens:
-    """The sequences of one of the workflow's texts, tokenized on a worker if need be.
+    """The sequences of one of the workflow's texts, tokenized on a worker if need be; tensors as they are.
 
     Args:
         context: the stage's.
@@ -47,17 +53,34 @@ def tokenized(context: Context, name: str) -> Tokens:
     Raises:
         DataError: the text is shorter than one sequence, or than the tokens asked for.
     """
+    source = context.data[name]
+    if isinstance(source, TensorSource):
+        return Tokens(source.path, source.entries, source.labelled)
     target = context.items / f"tokens-{name}.npy"
     write = partial(_write_sequences, model=context.model.path, target=target, trust=context.model.trust)
-    (total,) = context.executor.map(write, [context.data[name]], keys=[f"tokens-{name}"])
+    (total,) = context.executor.map(write, [source], keys=[f"tokens-{name}"])
     return Tokens(target, total)
 
 
 def load_sequences(tokens: Tokens) -> Tensor:
-    """Token ids as (sequences, length) int64."""
+    """Token ids as (sequences, length) int64; of tensors, the inputs."""
     import torch
 
+    if tokens.path.suffix == TENSORS:
+        return _tensors(tokens.path)["inputs"]
     return torch.from_numpy(np.load(tokens.path).astype(np.int64))
+
+
+def load_labels(tokens: Tokens) -> Tensor | None:
+    """The labels beside tensors, (entries,) int64; None where there are none."""
+    return _tensors(tokens.path).get("labels") if tokens.path.suffix == TENSORS else None
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 def _write_sequences(source: TextSource, *, model: Path, target: Path, trust: bool) -> int:

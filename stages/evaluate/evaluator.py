@@ -22,11 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerwise.errors import NotFinite
+from layerwise.errors import DataError, NotFinite
 from layerwise.stages.evaluate.scoring import Genome, Measurement, Request, Score
-from layerwise.stages.models.causal_lm import CausalLM, Stream
+from layerwise.stages.models.in_blocks import InBlocks, Stream
 from layerwise.stages.models.installed import installed, laid_out
 from layerwise.stages.models.network import BEGIN, Unit
+
+_OF_TARGETS = {"nll": "cross-entropy", "accuracy": "accuracy"}
+"""Metrics that need what is to be predicted, and how people call them."""
 
 
 class LevelSource(Protocol):
@@ -52,28 +55,32 @@ class Evaluator:
 
     Args:
         network: the model that levels are swapped in; its weights are put back after every call.
-        sequences: (sequences, length) int64 token ids, on the CPU; they go to the network's device by batches.
+        sequences: (sequences, length) int64 token ids, on the CPU; they go to the network's device by batches. Of a
+            classifier its inputs, (entries, ...); an entry counts as a sequence of one token.
         levels: where the weights of levels come from.
         reference: the model that candidates are compared with; the network as it is, if left out.
         batch_tokens: tokens that run at a time; at least one sequence.
         cache_bytes: for decoded weights.
         reference_bytes: for the reference's logits; what does not fit is computed again at each use.
+        labels: (entries,) int64, what a classifier should say.
     """
 
     def __init__(
         self,
-        network: CausalLM,
+        network: InBlocks,
         sequences: Tensor,
         levels: LevelSource,
         *,
-        reference: CausalLM | None = None,
+        reference: InBlocks | None = None,
         batch_tokens: int = 2048,
         cache_bytes: int = 512 << 20,
         reference_bytes: int = 256 << 20,
+        labels: Tensor | None = None,
     ) -> None:
-        self.network, self.sequences, self.levels = network, sequences, levels
+        self.network, self.sequences, self.levels, self.labels = network, sequences, levels, labels
         self.reference = network if reference is None else reference
-        self.batch_size = max(1, batch_tokens // sequences.shape[1])
+        self._length = network.predictions(sequences)
+        self.batch_size = max(1, batch_tokens // self._length)
         by_name = {unit.name: unit for unit in (*network.units, *network.parents)}
         self.units = [by_name[name] for name in levels.unit_names]
         self._members: dict[int, list[int]] = defaultdict(list)
@@ -90,17 +97,20 @@ class Evaluator:
             one score per genome. A candidate whose logits are not finite gets None, which never wins anything.
         Raises:
             NotFinite: the reference itself gives NaN or Inf.
+            DataError: a metric needs labels, and the data has none, or they are no classes of the network.
         """
         chosen, length = self._choose(request.tokens, request.draw)
         order = sorted(range(len(request.genomes)), key=request.genomes.__getitem__)
         found: list[dict[str, list[Tensor]]] = [{metric: [] for metric in request.metrics} for _ in order]
         for batch in chosen.split(self.batch_size):
-            ids = self.sequences[batch, :length].to(self.network.device)
-            reference = _Reference(self._reference(tuple(batch.tolist()), ids))
+            ids = self.sequences[batch]
+            ids = (ids if length == self._length else ids[:, :length]).to(self.network.device)
+            reference = _Reference(_by_prediction(self._reference(tuple(batch.tolist()), ids)))
+            targets = self._targets(batch, ids, reference.logits.shape[-1], request.metrics)
             walk = _Walk(self, ids)
             for number in order:
-                logits = walk.to(request.genomes[number])
-                for metric, values in _measure(logits, reference, ids, request.metrics).items():
+                logits = _by_prediction(walk.to(request.genomes[number]))
+                for metric, values in _measure(logits, reference, targets, request.metrics).items():
                     found[number][metric].append(values)
         return [
             {
@@ -112,7 +122,7 @@ class Evaluator:
 
     def _choose(self, tokens: int | None, draw: int) -> tuple[Tensor, int]:
         """Which sequences to use, and how much of each: distinct ones, sorted, the same for the same draw."""
-        total, length = self.sequences.shape
+        total, length = len(self.sequences), self._length
         if tokens is None or tokens >= total * length:
             return torch.arange(total), length
         if tokens < length:
@@ -121,6 +131,23 @@ class Evaluator:
             total_wanted = tokens // length
         generator = np.random.Generator(np.random.Philox(key=draw))
         return torch.from_numpy(np.sort(generator.permutation(total)[:total_wanted])), length
+
+    def _targets(self, batch: Tensor, ids: Tensor, classes: int, metrics: Sequence[str]) -> Tensor | None:
+        """What is to be predicted, (batch, predictions that are known)."""
+        labels = None if self.labels is None else self.labels[batch]
+        if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
+            raise DataError(
+                f"a label is {labels.max().item() if labels.min() >= 0 else labels.min().item()}, but the network has "
+                f"{classes} classes, from 0 on"
+            )
+        targets = self.network.targets(ids, None if labels is None else labels.to(ids.device))
+        of_targets = [name for metric, name in _OF_TARGETS.items() if metric in metrics]
+        if targets is None and of_targets:
+            raise DataError(
+                f"{' and '.join(of_targets)} cannot be measured: the data has no labels",
+                hint="let the function of the data give (inputs, labels)",
+            )
+        return targets
 
     def changed_weights(self, position: int, genome: Genome) -> dict[Unit, Tensor]:
         """The weights of a genome in one part of the network, where they are not the network's own."""
@@ -226,7 +253,14 @@ class _Reference:
         self.normaliser = torch.logsumexp(self.logits, -1)
 
 
-def _measure(logits: Tensor, reference: _Reference, ids: Tensor, metrics: Sequence[str]) -> dict[str, Tensor]:
+def _by_prediction(logits: Tensor) -> Tensor:
+    """(batch, predictions, classes), of a classifier too, which gives one for each entry."""
+    return logits if logits.dim() == 3 else logits[:, None]
+
+
+def _measure(
+    logits: Tensor, reference: _Reference, targets: Tensor | None, metrics: Sequence[str]
+) -> dict[str, Tensor]:
     """Means per sequence, float64.
 
     The divergence is written as `logsumexp(z) - logsumexp(r) - sum(p (z - r))`, with z the candidate's logits, r the
@@ -240,12 +274,18 @@ def _measure(logits: Tensor, reference: _Reference, ids: Tensor, metrics: Sequen
         if metric == "kl":
             expected = torch.linalg.vecdot(reference.probabilities, logits - reference.logits)
             value = normaliser.double() - reference.normaliser.double() - expected.double()
-        elif metric == "nll":
-            target = logits[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-            value = (normaliser[:, :-1] - target).double()
-        else:
+        elif metric == "agreement":
             value = (logits.argmax(-1) == reference.logits.argmax(-1)).double()
             value[~torch.isfinite(normaliser)] = math.nan
+        else:
+            assert targets is not None, "checked before"
+            known = targets.shape[1]
+            if metric == "nll":
+                target = logits[:, :known].gather(-1, targets[..., None]).squeeze(-1)
+                value = (normaliser[:, :known] - target).double()
+            else:
+                value = (logits[:, :known].argmax(-1) == targets).double()
+                value[~torch.isfinite(normaliser[:, :known])] = math.nan
         found[metric] = value.mean(-1)
     return found
 

@@ -19,9 +19,10 @@ from typing import Any
 from layerwise.stages.contract import Context, ModelSource, Replicas
 from layerwise.stages.data.text import Tokens
 
-METRICS = ("kl", "nll", "agreement")
-"""What can be measured, each a mean over tokens: KL(dense || candidate) in nats, negative log-likelihood of the next
-token in nats (perplexity is its exponential), share of positions where both predict the same token."""
+METRICS = ("kl", "nll", "agreement", "accuracy")
+"""What can be measured, each a mean over predictions (tokens of a language model, entries of a classifier): KL(dense ||
+candidate) in nats, negative log-likelihood of the next token or of the label in nats (perplexity is its exponential),
+share of predictions where both say the same, share where the candidate says the next token or the label."""
 
 _GREATEST_EXPONENT = math.log(sys.float_info.max)
 
@@ -84,17 +85,24 @@ def evaluator_factory(
 def _open_evaluator(
     model: ModelSource, tokens: Tokens, database: Path | None, models: tuple[Path, ...], batch_tokens: int
 ) -> Callable[[tuple[Request, ...]], list[Score]]:
-    from layerwise.stages.data.text import load_sequences
+    from layerwise.stages.data.text import load_labels, load_sequences
     from layerwise.stages.evaluate.evaluator import Evaluator
     from layerwise.stages.evaluate.model_levels import ModelLevels
     from layerwise.stages.levels.database import Database
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.loading import load_network
 
     levels = Database(database, model) if database else ModelLevels(models)
     source = levels.model(model)
-    network = CausalLM.load(source)
-    reference = network if source == model else CausalLM.load(model)
-    evaluator = Evaluator(network, load_sequences(tokens), levels, reference=reference, batch_tokens=batch_tokens)
+    network = load_network(source)
+    reference = network if source == model else load_network(model)
+    evaluator = Evaluator(
+        network,
+        load_sequences(tokens),
+        levels,
+        reference=reference,
+        batch_tokens=batch_tokens,
+        labels=load_labels(tokens),
+    )
     return lambda requests: evaluator(_united(requests))
 
 

@@ -31,21 +31,32 @@ from layerwise.stages.levels.database import DatabaseIndex
 from layerwise.stages.models.compressed import CompressedModel
 from layerwise.stages.quantities import Count
 
-Metric = Literal["perplexity", "kl", "agreement"]
+Metric = Literal["perplexity", "kl", "agreement", "accuracy", "cross_entropy"]
 DENSE = "dense"
 """The workflow's own model, among the candidates."""
 
-MEASURED_AS = {"perplexity": "nll", "kl": "kl", "agreement": "agreement"}
+MEASURED_AS = {
+    "perplexity": "nll",
+    "kl": "kl",
+    "agreement": "agreement",
+    "accuracy": "accuracy",
+    "cross_entropy": "nll",
+}
+
+OF_LANGUAGE: tuple[Metric, ...] = ("perplexity", "kl", "agreement")
+OF_CLASSES: tuple[Metric, ...] = ("accuracy", "cross_entropy", "kl", "agreement")
+"""What is measured unless the workflow says what."""
 
 
 class EvaluateParams(Params):
     """What to report, and on which text."""
 
-    metrics: list[Metric] = Field(
-        ["perplexity", "kl", "agreement"],
+    metrics: list[Metric] | None = Field(
+        None,
         min_length=1,
         description="perplexity of the next token; kl: KL(dense || model) in nats per token; agreement: share of "
-        "positions where both predict the same token",
+        "positions where both predict the same token; of a classifier entries stand for tokens: accuracy: share of its "
+        "answers that are the label; cross_entropy of the label in nats; all that suits the network if left out",
     )
     data: str = Field("heldout", description="the text, by its name in the workflow's data section")
     batch_tokens: Count = Field(2048, description="tokens that run at a time")
@@ -61,6 +72,9 @@ def evaluate(context: Context, params: EvaluateParams) -> None:
     if not context.inputs["allocations"] and not context.inputs["models"]:
         raise UsageError("nothing to evaluate", hint="add an `allocate` or an `apply` stage to `needs`")
     tokens = tokenized(context, params.data)
+    if params.metrics is None:
+        usual = OF_LANGUAGE if context.model.python is None else OF_CLASSES
+        params = params.model_copy(update={"metrics": list(usual)})
     found: dict[str, Score] = {}
     if context.inputs["allocations"]:
         found |= _score(context, params, tokens, *_allocations(context), note="allocations")
@@ -74,7 +88,7 @@ def evaluate(context: Context, params: EvaluateParams) -> None:
         [
             _row(candidate, params.data, metric, measured[MEASURED_AS[metric]])
             for candidate, measured in found.items()
-            for metric in params.metrics
+            for metric in params.metrics or ()
         ],
     )
 
@@ -115,7 +129,7 @@ def _model(context: Context, folder: Path) -> tuple[dict[str, Genome], Levels]:
 def _score(
     context: Context, params: EvaluateParams, tokens: Tokens, genomes: dict[str, Genome], levels: Levels, *, note: str
 ) -> dict[str, Score]:
-    metrics = tuple(MEASURED_AS[metric] for metric in params.metrics)
+    metrics = tuple(dict.fromkeys(MEASURED_AS[metric] for metric in params.metrics or ()))
     request = Request(tuple(genomes.values()), metrics, sequences=True)
     with context.executor.replicas(
         evaluator_factory(context, tokens, batch_tokens=params.batch_tokens, **levels)
@@ -152,5 +166,6 @@ STAGE = Stage(
     },
     data=("data",),
     reports=True,
+    any_network=always,
     on_gpu=always,
 )

@@ -130,7 +130,7 @@ def describe_levels(
     Args:
         levels: all of the unit at once, because the norm of its output costs as much as the error of a level.
         weight: (out, in), what they stand for.
-        hessian: (in, in), `X Xᵀ`; without it there is no output error.
+        hessian: (in, in), `X Xᵀ`, or (groups, in, in); without it there is no output error.
         share: of the tokens that go through the unit, as of `Unit.share`.
     Raises:
         NotFinite: a level decodes to NaN or Inf, or an error is not finite.
@@ -162,7 +162,10 @@ def fallen_back(entry: LevelEntry, name: str, why: str) -> LevelEntry:
 
 def _squared_norms(D: Tensor, hessian: Tensor | None) -> tuple[float, float]:
     """‖D‖² and tr(D H Dᵀ), D in float64; the product in the Hessian's own precision, at half the price."""
-    output = 0.0 if hessian is None else ((D.to(hessian.dtype) @ hessian).double() * D).sum().item()
+    output = 0.0
+    if hessian is not None:
+        parts = D if hessian.dim() == 2 else D.unflatten(0, (len(hessian), -1))
+        output = ((parts.to(hessian.dtype) @ hessian).double() * parts).sum().item()
     return D.square().sum().item(), output
 
 

@@ -7,7 +7,7 @@ transformed.
 
 Levels stay encoded, so whoever goes on with the model (recovery, another compression, an export) finds its masks and
 grids as they were made, and no dtype of a checkpoint rounds them. Everything is written and read unit by unit. Level
-and base together are a `ModelSource`, which `CausalLM.load` takes; `Weights` reads single units of one.
+and base together are a `ModelSource`, which `load_network` takes; `Weights` reads single units of one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from layerwise.stages.models.stored import Stored
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.in_blocks import InBlocks
 
 DOCUMENT = "model.json"
 BASE = "base"
@@ -180,7 +180,7 @@ class CompressedModel:
         file, recipes = open_unit(self.folder, unit)
         return read_level(file, recipes, self.levels[unit])
 
-    def install(self, network: CausalLM) -> None:
+    def install(self, network: InBlocks) -> None:
         """Make a dense network this model, for good: decode every level into it, and leave out what is dropped.
 
         Raises:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from layerwise.stages.models.network import Unit, View
 
 if TYPE_CHECKING:
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.in_blocks import InBlocks
 
 Seen = Callable[[View, tuple[int, int], Tensor], None]
 """Takes a part of a parameter, its shape (out, in) as a matrix, and what it was multiplied by, (rows, in)."""
@@ -119,7 +119,7 @@ def alike(view: View, parameter: Tensor) -> list[View]:
 
 
 @contextmanager
-def observed(network: CausalLM, units: Sequence[Unit], seen: Callable[[Unit, Tensor, Tensor], None]) -> Iterator[None]:
+def observed(network: InBlocks, units: Sequence[Unit], seen: Callable[[Unit, Tensor, Tensor], None]) -> Iterator[None]:
     """Tell of every input of some units while a part of the network runs.
 
     Args:
@@ -137,7 +137,7 @@ def observed(network: CausalLM, units: Sequence[Unit], seen: Callable[[Unit, Ten
             if module is None:
                 by_view[unit.view] = unit
             else:
-                handle = module.register_forward_pre_hook(_hook(unit, module, seen), with_kwargs=True)
+                handle = module.register_forward_pre_hook(_hook(network, unit, seen), with_kwargs=True)
                 stack.callback(handle.remove)
         if by_view:
             watched = {view.tensor: network.parameter(view.tensor) for view in by_view}
@@ -151,9 +151,11 @@ def observed(network: CausalLM, units: Sequence[Unit], seen: Callable[[Unit, Ten
 
 
 def _hook(
-    unit: Unit, module: nn.Module, seen: Callable[[Unit, Tensor, Tensor], None]
+    network: InBlocks, unit: Unit, seen: Callable[[Unit, Tensor, Tensor], None]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if network.bypasses(module):
+            return
         X: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         seen(unit, _rows(module, X), X)
 
@@ -161,20 +163,37 @@ def _hook(
 
 
 def _rows(module: nn.Module, X: Tensor) -> Tensor:
-    """A layer's input as rows of what one output is made from: (rows, in); of a convolution, its patches."""
+    """A layer's input as rows of what one output is made from: (rows, in); of a convolution, its patches, (rows,
+    channels · kernel), channels first, so those of a group stand together."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return X.reshape(-1, X.shape[-1])
 
-    # A sequence is an image of one row. `nn` keeps every setting as a tuple, one entry for each dimension.
-    images = X if X.dim() == 4 else X.unsqueeze(-2)
-    settings: list[Any] = [
-        values if len(values) == 2 else (beside, *values)
-        for values, beside in (
-            (module.kernel_size, 1),
-            (module.dilation, 1),
-            (module.padding, 0),
-            (module.stride, 1),
-        )
-    ]
-    patches = torch.nn.functional.unfold(images, *settings)
+    # `nn` keeps every setting as a tuple, one entry for each dimension, and pads the last dimension first.
+    settings = zip(module.kernel_size, module.dilation, _padding(module), module.stride, strict=True)
+    kernel, dilation, padding, stride = (tuple(values) for values in zip(*settings, strict=True))
+    images = X if X.dim() > len(kernel) + 1 else X.unsqueeze(0)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    images = torch.nn.functional.pad(images, [side for pair in reversed(padding) for side in pair], mode=mode)
+    if len(kernel) == 1:  # a sequence is an image of one row
+        images = images.unsqueeze(-2)
+        kernel, dilation, stride = ((1, *values) for values in (kernel, dilation, stride))
+    patches = torch.nn.functional.unfold(images, kernel, dilation=dilation, stride=stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
+    """Before and after each dimension; of an odd `same`, the greater half comes after."""
+    if module.padding == "same":
+        totals = [step * (size - 1) for size, step in zip(module.kernel_size, module.dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    return [(int(size), int(size)) for size in module.padding]
+
+
+def reading(module: nn.Module | None) -> tuple[Any, ...]:
+    """How a layer makes rows of its input: two that read the same tensor have the same rows where this is equal."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return ()
+    sizes = (module.kernel_size, module.stride, tuple(_padding(module)), module.dilation)
+    return (*sizes, module.padding_mode, module.groups)

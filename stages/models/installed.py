@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.in_blocks import InBlocks
     from layerwise.stages.models.network import Unit
 
 
-def laid_out(network: CausalLM, unit: Unit, weight: Tensor) -> Tensor:
+def laid_out(network: InBlocks, unit: Unit, weight: Tensor) -> Tensor:
     """A weight (out, in) as the network keeps this unit's: contiguous, in its layout, dtype and device."""
     assert unit.view is not None
     parameter = network.parameter(unit.view.tensor).data
@@ -21,7 +21,7 @@ def laid_out(network: CausalLM, unit: Unit, weight: Tensor) -> Tensor:
     return unit.view.stored_form(weight, part.shape).to(parameter).contiguous()
 
 
-def as_parameters(network: CausalLM, units: Mapping[str, Unit], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def as_parameters(network: InBlocks, units: Mapping[str, Unit], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights as parameters for `torch.func.functional_call`; gradients reach them.
 
     Args:
@@ -47,7 +47,7 @@ def as_parameters(network: CausalLM, units: Mapping[str, Unit], tensors: Mapping
 
 
 @contextmanager
-def installed(network: CausalLM, weights: Mapping[Unit, Tensor]) -> Iterator[None]:
+def installed(network: InBlocks, weights: Mapping[Unit, Tensor]) -> Iterator[None]:
     """Let units have other weights while parts of the network run.
 
     A weight that has a parameter to itself is put in its place without a copy. One of several in a parameter (an

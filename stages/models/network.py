@@ -102,9 +102,12 @@ class Unit:
         view: where its weight stands in the network's parameters; None for a parent.
         group: what serving engines fuse it with (`3.self_attn.q_proj+k_proj+v_proj`), or None.
         parent: the name of the unit that it is inside of, or None.
-        share: of the tokens, how many go through it: 1, or less for an expert.
-        multiplied: False where no one input multiplies the whole weight: an embedding that is looked up, a convolution
-            in groups. Such a unit has no statistics of its inputs.
+        share: how often it is multiplied for one token: 1, or less for an expert; of a classifier, for one entry of a
+            batch, as often as the entry has places (the pixels of a convolution's output).
+        multiplied: False where nothing multiplies the weight: an embedding that is looked up. Such a unit has no
+            statistics of its inputs.
+        groups: of a convolution in groups, how many: rows of the weight in as many equal parts, one below the other,
+            each of which multiplies inputs of its own. Its statistics of inputs have one entry for each group.
     """
 
     name: str
@@ -118,6 +121,7 @@ class Unit:
     parent: str | None = None
     share: float = 1.0
     multiplied: bool = True
+    groups: int = 1
 
     @property
     def n_weights(self) -> int:
@@ -182,7 +186,7 @@ class Network(Protocol):
     n_blocks: int
 
     def begin(self, ids: Tensor) -> Any:
-        """Everything before the first block, a `State`."""
+        """Everything before the first block, a `State`, of a batch: token ids, or what the network takes."""
         ...
 
     def run_block(self, index: int, hidden: Tensor, state: Any) -> Tensor:

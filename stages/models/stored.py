@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.in_blocks import InBlocks
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class Locator:
         checkpoint: its files.
     """
 
-    def __init__(self, network: CausalLM, checkpoint: Checkpoint) -> None:
+    def __init__(self, network: InBlocks, checkpoint: Checkpoint) -> None:
         self.network, self.checkpoint = network, checkpoint
-        self._prefix = str(network.model.base_model_prefix)
+        self._prefix = str(getattr(network.model, "base_model_prefix", ""))
         self._renamings: dict[str, str | None] = {}
         self._by_view: dict[View, tuple[str, ...] | None] = {}
         self._taken: set[str] = set()

@@ -17,7 +17,7 @@ from layerwise.stages.models.stored import Stored
 
 if TYPE_CHECKING:
     from layerwise.stages.contract import ModelSource
-    from layerwise.stages.models.causal_lm import CausalLM
+    from layerwise.stages.models.in_blocks import InBlocks
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Survey:
         )
 
 
-def take_survey(network: CausalLM, source: ModelSource) -> Survey:
+def take_survey(network: InBlocks, source: ModelSource) -> Survey:
     """Survey a loaded model.
 
     Raises:
@@ -154,18 +154,18 @@ def _in_any(tensor: str, modules: Iterable[str]) -> bool:
     return any(tensor.startswith(f"{module}.") for module in modules)
 
 
-def survey_model(source: ModelSource, network: CausalLM | None = None) -> dict[str, Any]:
+def survey_model(source: ModelSource, network: InBlocks | None = None) -> dict[str, Any]:
     """Load a model and survey it; JSON, for a worker's answer. What a compressed model has dropped is not in it.
 
     Args:
         source: the model.
         network: the same, if it is loaded already; what a compressed model was made of is loaded for itself.
     """
-    from layerwise.stages.models.causal_lm import CausalLM
     from layerwise.stages.models.compressed import CompressedModel
+    from layerwise.stages.models.loading import load_network
 
     if network is None or source.compressed is not None:
-        network = CausalLM.load(replace(source, compressed=None, device="cpu"))
+        network = load_network(replace(source, compressed=None, device="cpu"))
     survey = take_survey(network, source)
     if source.compressed is not None:
         units = CompressedModel(source.compressed).document.units

@@ -25,7 +25,7 @@ from layerwise.stages.models.inputs import Products, alike
 from layerwise.stages.models.network import BEGIN, Uncovered, Unit, View
 
 if TYPE_CHECKING:
-    from layerwise.stages.models.causal_lm import CausalLM, Stream
+    from layerwise.stages.models.in_blocks import InBlocks, Stream
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers that serving engines join into one, because they read the same input."""
@@ -84,7 +84,7 @@ class Found:
 
     Args:
         units: its weights, in the order of their modules.
-        parents: the block, then its half-blocks.
+        parents: the block, then its half-blocks; none where the network cannot do without the block.
         uncovered: what is no unit.
         silenced: by half-block, the modules that answer zero when it is dropped.
         one_piece: why the block has no half-blocks; empty where it has.
@@ -99,7 +99,7 @@ class Found:
     output: Tensor
 
 
-def units_of_block(network: CausalLM, index: int, hidden: Tensor, stream: Stream) -> Found:
+def units_of_block(network: InBlocks, index: int, hidden: Tensor, stream: Stream) -> Found:
     """Take one block apart, by running a few tokens through it.
 
     Args:
@@ -108,7 +108,7 @@ def units_of_block(network: CausalLM, index: int, hidden: Tensor, stream: Stream
         hidden: its input, (2, length, width).
         stream: how it is called.
     """
-    block, path = network.blocks[index], f"{network.block_path}.{index}"
+    block, path = network.blocks[index], network.block_names[index]
     strays = dict(_stray_parameters(block, path))
     uses: dict[str, tuple[View, tuple[int, int]]] = {}
     rows: dict[str, int] = {}
@@ -124,12 +124,13 @@ def units_of_block(network: CausalLM, index: int, hidden: Tensor, stream: Stream
     n_tokens = hidden.shape[0] * hidden.shape[1]
     units, uncovered = [], []
     for name, module in block.named_modules():
-        full = f"{path}.{name}" if name else path
-        unit = _module_unit(full, name, index, module, block)
+        full = ".".join(filter(None, (path, name)))
+        kind = name or full.rpartition(".")[2]
+        unit = layer_unit(full, kind, index, module, _fused_group(index, kind, block))
         if unit is not None:
             units.append(unit)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            stray = f"{full}.{parameter_name}"
+            stray = ".".join(filter(None, (full, parameter_name)))
             if stray in uses:
                 view, shape = uses[stray]
                 views = alike(view, parameter)
@@ -138,6 +139,10 @@ def units_of_block(network: CausalLM, index: int, hidden: Tensor, stream: Stream
             elif stray in strays:
                 uncovered.append(Uncovered(stray, index, parameter.numel(), "nothing was seen to be multiplied by it"))
 
+    alone = not path or not units or any(unit.name == path for unit in units)
+    if alone or output.shape != hidden.shape:
+        why = "it is the network, or one layer, or holds none" if alone else "it gives its hidden state another shape"
+        return Found(units, [], uncovered, {}, f"it cannot be left out: {why}", output)
     top = Unit(path, "block", "block", index, (0, 0), (index,))
     halves, silenced, why = _halves(network, index, hidden, stream, calls, units, top)
     inside = {
@@ -154,8 +159,16 @@ def _within(name: str, modules: dict[str, Answer]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _module_unit(full: str, kind: str, index: int, module: nn.Module, block: nn.Module) -> Unit | None:
-    """The unit that a module is, if it is one."""
+def layer_unit(full: str, kind: str, index: int, module: nn.Module, group: str | None = None) -> Unit | None:
+    """The unit that a module is, if it is one: a linear layer or a convolution.
+
+    Args:
+        full: its name.
+        kind: its name inside its block.
+        index: of the block.
+        module: the module.
+        group: what it is fused with.
+    """
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear | Conv1D):
@@ -163,11 +176,10 @@ def _module_unit(full: str, kind: str, index: int, module: nn.Module, block: nn.
         rows, columns = module.weight.shape
         shape = (columns, rows) if transposed else (rows, columns)
         view = View(f"{full}.weight", transposed=transposed)
-        return Unit(full, kind, "linear", index, shape, (index,), view, _fused_group(index, kind, block))
+        return Unit(full, kind, "linear", index, shape, (index,), view, group)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         shape = (module.weight.shape[0], module.weight[0].numel())
-        whole = module.groups == 1 and not isinstance(module.padding, str)
-        return Unit(full, kind, "conv", index, shape, (index,), View(f"{full}.weight"), multiplied=whole)
+        return Unit(full, kind, "conv", index, shape, (index,), View(f"{full}.weight"), groups=module.groups)
     return None
 
 
@@ -242,9 +254,11 @@ def _copied(output: Any) -> Any:
 
 
 def _halves(
-    network: CausalLM, index: int, hidden: Tensor, stream: Stream, calls: _Calls, units: Sequence[Unit], top: Unit
+    network: InBlocks, index: int, hidden: Tensor, stream: Stream, calls: _Calls, units: Sequence[Unit], top: Unit
 ) -> tuple[list[Unit], dict[str, dict[str, Answer]], str]:
     """The half-blocks, the modules that each silences, and why there are none."""
+    if hidden.dim() != 3:
+        return [], {}, "its hidden state is not a row for each position"
     silenced: dict[str, dict[str, Answer]] = {}
     halves: list[Unit] = []
     forward: dict[str, Answer] = {}

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from layerwise.errors import NotFinite
-from layerwise.stages.contract import Context, Params, Port, Row, Stage
+from layerwise.stages.contract import Context, Params, Port, Row, Stage, always
 from layerwise.stages.data.text import tokenized
 from layerwise.stages.evaluate.scoring import Measurement, Pool, Request, evaluator_factory
 from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex, LevelEntry, UnitEntry
@@ -139,5 +139,6 @@ STAGE = Stage(
     gives="profile",
     takes={"database": Port("database")},
     data=("data",),
+    any_network=always,
     on_gpu=lambda params: "kl" in params.metrics,
 )

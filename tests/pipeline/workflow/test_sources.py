@@ -69,8 +69,14 @@ def test_a_folder_that_looks_like_an_id_is_a_folder(desk: Any) -> None:
         ),
         ("{{path: ./gone}}", "2:15: model.path: folder not found: {folder}/gone"),
         ("{{id: ./x}}", "2:13: model.id: './x' is not a Hugging Face id (owner/name)"),
-        ("{{id: a/b, path: model}}", "2:8: model: give either path (a folder) or id (a Hugging Face id)"),
-        ("{{dtype: float32}}", "2:8: model: give either path (a folder) or id (a Hugging Face id)"),
+        (
+            "{{id: a/b, path: model}}",
+            "2:8: model: give either path (a folder), id (a Hugging Face id) or python (a function)",
+        ),
+        (
+            "{{dtype: float32}}",
+            "2:8: model: give either path (a folder), id (a Hugging Face id) or python (a function)",
+        ),
         ("{{path: model, revision: x}}", "2:8: model: revision belongs to a Hugging Face id, not to a folder"),
         (
             "{{id: a/b, dtype: float17}}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from layerwise.stages.compress import gptq as gptq_module
 from layerwise.stages.compress.gptq import Params, inverse_factor, quantized
 from layerwise.stages.levels.grid import grid_columns
 from layerwise.stages.levels.level import Level
+from layerwise.stages.models.network import Unit, View
 
 Matrix = NDArray[np.float64]
 
@@ -479,3 +481,33 @@ def test_a_layer_that_no_token_reached_is_refused() -> None:
 )
 def test_entries_that_make_different_levels_give_them_different_names(menu: dict[str, Any], name: str) -> None:
     assert Params.model_validate({"method": "gptq", "bits": 3, **menu}).level_names() == [name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"desc_act": False, "group_size": 4, "sym": True}],
+    ids=["static", "in order, symmetric"],
+)
+def test_a_convolution_in_groups_is_as_many_layers(options: dict[str, Any]) -> None:
+    layers = [layer(6, 12, seed) for seed in range(3)]
+    params = Params.model_validate({"method": "gptq", "bits": [2, 4], "group_size": -1, **options})
+    together = quantized(torch.cat([W for W, _ in layers]), torch.stack([H for _, H in layers]), params)
+    apart = [quantized(W, H, params) for W, H in layers]
+    for number, level in enumerate(together):
+        assert torch.equal(level.decode(), torch.cat([levels[number].decode() for levels in apart]))
+
+
+def test_a_group_whose_inputs_are_always_zero_becomes_zero_and_the_others_stay_as_they_are() -> None:
+    (W, H), (other, _) = layer(6, 12, 0), layer(6, 12, 1)
+    params = Params.model_validate({"method": "gptq", "bits": [4], "group_size": -1})
+    (level,) = quantized(torch.cat([W, other]), torch.stack([H, torch.zeros_like(H)]), params)
+    (alone,) = quantized(W, H, params)
+    assert torch.equal(level.decode(), torch.cat([alone.decode(), torch.zeros_like(other)]))
+
+
+@pytest.mark.parametrize("options", [{"desc_act": True}, {"scale_bits": 8}, {"group_along": "outputs"}])
+def test_grids_that_reach_over_groups_of_a_convolution_are_left_to_rounding(options: dict[str, Any]) -> None:
+    grouped = Unit("unit", "unit", "conv", 0, (8, 9), (0,), View("unit.weight"), groups=4)
+    params = Params.model_validate({"method": "gptq", "bits": [4], "group_size": 4, **options})
+    assert params.refuses(grouped) == "its inputs come in groups"
+    assert params.refuses(replace(grouped, groups=1)) is None

@@ -223,19 +223,20 @@ class ConvolvingModel(nn.Module):
         return SimpleNamespace(logits=hidden @ self.embedding.weight.T)
 
 
-def test_a_convolution_is_a_matrix_over_patches_unless_it_is_in_groups() -> None:
+def test_a_convolution_is_a_matrix_over_patches_and_one_in_groups_several() -> None:
     torch.manual_seed(0)
     lm = CausalLM(ConvolvingModel())
     units = {unit.kind: unit for unit in lm.units}
-    assert {kind: (unit.role, unit.shape, unit.multiplied) for kind, unit in units.items()} == {
-        "whole": ("conv", (8, 24), True), "parted": ("conv", (8, 6), False), "image": ("conv", (1, 3), True),
+    assert all(unit.role == "conv" and unit.multiplied for unit in units.values())
+    assert {kind: (unit.shape, unit.groups) for kind, unit in units.items()} == {
+        "whole": ((8, 24), 1), "parted": ((8, 6), 4), "image": ((1, 3), 1),
     }  # fmt: skip
     assert not any(unit.replaceable for unit in lm.units)
     seen: dict[str, Tensor] = {}
     stream = lm.begin(torch.arange(14).reshape(2, 7) % 8)
     with observed(lm, lm.units, lambda unit, X, whole: seen.__setitem__(unit.kind, X)):
         lm.run_block(0, stream.hidden, stream)
-    assert set(seen) == {"whole", "image"}
+    assert set(seen) == {"whole", "parted", "image"}
     block = lm.blocks[0]
     x = pad(stream.hidden.transpose(1, 2), (4, 0))
     expected = conv1d(x, block.whole.weight, dilation=2).transpose(1, 2).reshape(-1, 8)
