@@ -19,8 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from layerwise.stages.allocate.allocation import make_allocation, save_allocations
+from layerwise.stages.allocate.costs import CostTable
 from layerwise.stages.compress import viterbi
-from layerwise.stages.levels.database import Database
+from layerwise.stages.levels.database import Database, DatabaseIndex
+from layerwise.stages.models.compressed import CompressedModel
 from layerwise.testing.models import tiny_model, tiny_texts
 from layerwise.testing.pretended import GPU, pretended_gpu
 from layerwise.testing.stages import Bench
@@ -99,6 +102,35 @@ def test_every_stage_works_on_another_device(place: Any, on_cpu: Made, other_dev
     one, other = (json.loads((folder / "profile.json").read_text())["metrics"]["kl"] for folder in (on_cpu[2], profile))
     for expected_kl, found_kl in zip(one, other, strict=True):
         assert found_kl == pytest.approx(expected_kl, rel=0.1, abs=1e-5)
+
+
+SHORT = {"steps": 2, "check_every": 2, "batch_size": 2}
+REPAIRS = [
+    [{"method": "eora", "rank": 2}, {"method": "refit"}, {"method": "svd", "rank": 1}],
+    *([{"method": method, **SHORT}] for method in ("perp", "qat", "finetune", "lora")),
+]
+
+
+@pytest.mark.parametrize("other_device", [GPU, pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_every_repair_works_on_another_device(place: Any, on_cpu: Made, tmp_path: Path, other_device: str) -> None:
+    _, model, texts = place
+    bench = Bench(tmp_path, model, texts)
+    menu = [{"method": "rtn", "bits": 3, "group_size": 8, "sym": False}, {"method": "magnitude", "sparsity": 0.5}]
+    levels = bench.run("compress", {"menu": menu, "targets": ["re:model.layers.0.mlp"]})
+    table = CostTable(DatabaseIndex(levels))
+    in_turn = make_allocation(table, [1 + n % 2 for n in range(len(table.units))], solver="hand", budget={"bits": 9.0})
+    save_allocations(tmp_path, [in_turn])
+    best = bench.run("apply", {"pick": in_turn.candidate}, allocations=tmp_path, database=levels)
+    for repairs in REPAIRS:
+        made = []
+        for device in ("cpu", other_device):
+            (tmp_path / f"{device}-{repairs[0]['method']}").mkdir()
+            one = Bench(tmp_path / f"{device}-{repairs[0]['method']}", replace(model, device=device), texts)
+            made.append(one.run("recover", {"repairs": repairs}, model=best, statistics=on_cpu[0]))
+        on_it, other = (CompressedModel(folder) for folder in made)
+        for unit in on_it.levels:
+            a, b = (found.level(unit).decode() for found in (on_it, other))
+            assert (a - b).abs().max() < 0.05 * a.abs().max(), (repairs, unit)
 
 
 def test_what_is_left_behind_on_the_cpu_is_seen() -> None:
