@@ -109,16 +109,35 @@ def auto_round(
     folder: Path = DEMO / "model",
     ids: Tensor | None = None,
 ) -> Made:
-    """AutoRound's own program, on the model in a folder; `ids` are written first, if `work` has none of them yet."""
+    """AutoRound's own program, on the model in a folder; `ids` are written first, if they are given."""
+    flags = ["--steps", str(STEPS), *(["--dense-inputs"] if dense_inputs else [])]
+    return _program("auto_round", f"{bits}-{sym}-{dense_inputs}", work, network, bits, sym, flags, folder, ids)
+
+
+def llm_compressor(work: Path, network: CausalLM, bits: int, sym: bool, *, folder: Path, ids: Tensor) -> Made:
+    """GPTQ as llm-compressor's own program does it, in static order, on the inputs that the layers before leave."""
+    return _program("llm_compressor", f"{bits}-{sym}", work, network, bits, sym, [], folder, ids)
+
+
+def _program(
+    peer: str,
+    key: str,
+    work: Path,
+    network: CausalLM,
+    bits: int,
+    sym: bool,
+    flags: Sequence[str],
+    folder: Path,
+    ids: Tensor | None,
+) -> Made:
     if ids is not None:
         save_file({"ids": ids.contiguous()}, work / "tokens.safetensors")
-    out = work / f"auto_round-{bits}-{sym}-{dense_inputs}"
-    flags = [*(["--sym"] if sym else []), *(["--dense-inputs"] if dense_inputs else [])]
-    script = HERE / "peers" / "auto_round_quantize.py"
-    sizes = ["--bits", str(bits), "--group-size", str(GROUP_SIZE), "--steps", str(STEPS)]
+    out = work / f"{peer}-{key}"
+    script = HERE / "peers" / f"{peer}_quantize.py"
+    sizes = ["--bits", str(bits), "--group-size", str(GROUP_SIZE), *(["--sym"] if sym else [])]
     places = [str(folder), str(work / "tokens.safetensors"), str(out)]
-    program = [str(environment(work, "auto_round")), str(script), *places, *sizes, *flags]
-    subprocess.run(program, check=True, env={"OMP_NUM_THREADS": "1"})
+    program = [str(environment(work, peer)), str(script), *places, *sizes, *flags]
+    subprocess.run(program, check=True, cwd=work, env={"OMP_NUM_THREADS": "1"})
     tensors = load_file(out / "model.safetensors")
     weights = {
         unit.name: unit.view.read(tensors[unit.view.tensor])

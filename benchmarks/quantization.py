@@ -1,29 +1,33 @@
 """Held-out KL and perplexity of every way to quantize at the bytes that are written, uniform, after `branch` and made
-again, beside AutoRound's own program.
+again, beside other people's own programs.
 
-    python benchmarks/quantization.py [--small FOLDER] [--peers FOLDER] [--methods gptq rtn]
+    python benchmarks/quantization.py --work FOLDER [--small FOLDER] [--peers FOLDER] [--methods gptq rtn]
 
-Writes benchmarks/results/quantization.md. `--small` is a third model, made by `small_llama.py`; with `--peers` also
-AutoRound is run, in an environment of its own there. A method joins with a line in ENTRIES. The last table is the
+Writes benchmarks/results/quantization.md. What was measured before stands in the folder `--work`, so that it can be
+stopped at any time. `--small` is a third model, made by `small_llama.py`; with `--peers` AutoRound and llm-compressor
+are run, too, in environments of their own in that folder. A method joins with a line in ENTRIES. The last table is the
 time of several bit-widths together beside that of one, side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from calibrated import Calibrated, Levels, Scored, effective_bits
 from machine import header
-from peers import auto_round, measured
+from peers import auto_round, llm_compressor, measured
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import InfeasibleBudget
 from layerwise.stages.compress import MenuEntry, find_compressor
 from layerwise.stages.compress.gptq import Params, quantized
 
@@ -33,7 +37,11 @@ DEMO = HERE.parent / "workflows" / "demo"
 LENGTH, TOKENS = 128, 16 << 10
 ALONE = 2 << 10
 """Calibration tokens that the loss of one level alone is measured on."""
-BUDGETS = (2.1, 2.25, 2.3, 2.5, 2.62, 3.0, 4.0)
+BUDGETS = (2.25, 2.5, 3.0, 4.0)
+STEPS = 50
+"""Of `apply` with `remake` and `steps`."""
+TUNED = (2.25,)
+"""Budgets whose allocations are also made again with steps."""
 GROUP = {"group_size": 64}
 
 
@@ -63,7 +71,9 @@ class Entry:
 PUBLISHED = {"desc_act": False, "grid": "minmax"}
 ASYMMETRIC = Entry("static, hessian, asymmetric", "gptq", {**GROUP, "sym": False})
 LEARNED = Entry("200 steps, asymmetric", "learned_rounding", {**GROUP, "sym": False})
-TRELLIS = Entry("bitshift trellis", "trellis", {}, bits=(1.5, 2, 2.5, 3, 3.5, 4))
+TRELLIS = Entry("bitshift trellis", "trellis", {}, bits=(1.5, 2, 2.5, 3, 4))
+SMALL_GROUPS = Entry("groups of 16, 4-bit scales", "gptq", {"group_size": 16, "scale_bits": 4})
+DEFAULT = Entry("static, hessian (the default)", "gptq", GROUP)
 ENTRIES = [
     Entry("nearest, min-max", "rtn", GROUP),
     Entry("nearest, mse", "rtn", {**GROUP, "grid": "mse"}),
@@ -73,11 +83,11 @@ ENTRIES = [
     Entry("activation order, hessian", "gptq", {**GROUP, "desc_act": True}),
     Entry("static, min-max", "gptq", {**GROUP, "grid": "minmax"}),
     Entry("static, mse", "gptq", {**GROUP, "grid": "mse"}),
-    Entry("static, hessian (the default)", "gptq", GROUP),
+    DEFAULT,
     Entry("static, min-max, asymmetric", "gptq", {**GROUP, "grid": "minmax", "sym": False}),
     Entry("static, mse, asymmetric", "gptq", {**GROUP, "grid": "mse", "sym": False}),
     ASYMMETRIC,
-    Entry("groups of 16, 4-bit scales", "gptq", {"group_size": 16, "scale_bits": 4}),
+    SMALL_GROUPS,
     Entry("groups of 32, 6-bit scales, asymmetric", "gptq", {"group_size": 32, "scale_bits": 6, "sym": False}),
     Entry("along outputs, groups of 32", "gptq", {"group_size": 32, "group_along": "outputs"}),
     Entry("sequential within blocks, asymmetric", "gptq_sequential", {**GROUP, "sym": False}),
@@ -85,28 +95,38 @@ ENTRIES = [
     LEARNED,
     TRELLIS,
 ]
-MENUS = {"gptq": [ASYMMETRIC], "learned_rounding": [LEARNED], "trellis": [TRELLIS]}
-MENUS["all three"] = [entry for menu in MENUS.values() for entry in menu]
+MENUS = {"gptq": [DEFAULT, SMALL_GROUPS], "trellis": [TRELLIS], "both": [DEFAULT, SMALL_GROUPS, TRELLIS]}
 
 
 class Made:
-    """The levels of entries, each made once.
+    """The levels of entries, each made once, and the lines that were measured before.
 
     Args:
         model: of it.
+        work: a folder with the lines of earlier calls, in which those of this one are kept.
     """
 
-    def __init__(self, model: Calibrated) -> None:
+    def __init__(self, model: Calibrated, work: Path) -> None:
         self.model = model
+        self._file = work / f"{model.name.replace(' ', '-')}.json"
+        self._lines: dict[str, str] = json.loads(self._file.read_text("utf-8")) if self._file.is_file() else {}
         self._levels: dict[str, tuple[dict[str, Levels], float]] = {}
 
     def __call__(self, entry: Entry) -> tuple[dict[str, Levels], float]:
-        """Levels by name, and seconds."""
+        """Levels by name, and seconds of this processor."""
         key = repr(entry.menu)
         if key not in self._levels:
-            started = time.perf_counter()
-            self._levels[key] = self.model.levels(entry.menu), time.perf_counter() - started
+            started = time.process_time()
+            self._levels[key] = self.model.levels(entry.menu), time.process_time() - started
         return self._levels[key]
+
+    def line(self, key: str, measure: Callable[[], str]) -> str:
+        """A line of a table, read if it was measured before; empty for what cannot be."""
+        if key not in self._lines:
+            self._lines[key] = measure()
+            self._file.write_text(json.dumps(self._lines, indent=1), encoding="utf-8")
+            print(self.model.name, self._lines[key], flush=True)
+        return self._lines[key]
 
 
 def _figures(scored: Scored) -> str:
@@ -117,55 +137,72 @@ def uniform(made: Made, entries: Sequence[Entry]) -> Iterator[str]:
     """One line of a table for each level."""
     model = made.model
     for entry in entries:
-        levels, seconds = made(entry)
-        each = 1e6 * seconds / len(levels) / model.n_weights
-        for bits, choice in zip(entry.bits, levels.values(), strict=True):
-            figures = _figures(model.score(choice))
-            line = (
-                f"| {entry.method} | {entry.label} | {bits:g} | {effective_bits(choice):.2f} | {figures} | {each:.1f} |"
-            )
-            print(model.name, line, flush=True)
-            yield line
+        for bits, name in zip(entry.bits, entry.menu.level_names(), strict=True):
+
+            def measure(entry: Entry = entry, bits: float = bits, name: str = name) -> str:
+                levels, seconds = made(entry)
+                each = 1e6 * seconds / len(levels) / model.n_weights
+                figures, size = _figures(model.score(levels[name])), effective_bits(levels[name])
+                return f"| {entry.method} | {entry.label} | {bits:g} | {size:.2f} | {figures} | {each:.1f} |"
+
+            yield made.line(f"uniform {name}", measure)
 
 
 def searched(made: Made, menus: Mapping[str, Sequence[Entry]]) -> Iterator[str]:
     """One line for each menu and budget: what `branch` chooses, as it is and made again."""
-    model = made.model
-    losses = {
-        entry.label: model.alone(list(made(entry)[0].values()), ALONE) for menu in menus.values() for entry in menu
-    }
+    losses: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+
+    def alone(entry: Entry) -> np.ndarray[Any, np.dtype[np.float64]]:
+        if entry.label not in losses:
+            losses[entry.label] = made.model.alone(list(made(entry)[0].values()), ALONE)
+        return losses[entry.label]
+
     for name, menu in menus.items():
-        levels = [choice for entry in menu for choice in made(entry)[0].values()]
-        table = torch.cat([torch.from_numpy(losses[entry.label]) for entry in menu], dim=1).numpy()
         for budget in BUDGETS:
-            try:
-                chosen = model.best(levels, table, budget)
-            except LayerwiseError:
-                continue
-            again = model.remade(chosen, [entry.menu for entry in menu])
-            figures = " | ".join(_figures(model.score(choice)) for choice in (chosen, again))
-            line = f"| {name} | {budget:g} | {effective_bits(chosen):.2f} | {figures} |"
-            print(model.name, line, flush=True)
-            yield line
+
+            def measure(name: str = name, menu: Sequence[Entry] = menu, budget: float = budget) -> str:
+                model = made.model
+                levels = [choice for entry in menu for choice in made(entry)[0].values()]
+                try:
+                    chosen = model.best(levels, np.hstack([alone(entry) for entry in menu]), budget)
+                except InfeasibleBudget:
+                    return ""
+                entries = [entry.menu for entry in menu]
+                again = [model.remade(chosen, entries, steps) for steps in ((0, STEPS) if budget in TUNED else (0,))]
+                figures = [_figures(model.score(choice)) for choice in (chosen, *again)]
+                figures += [" | "] * (3 - len(figures))
+                return f"| {name} | {budget:g} | {effective_bits(chosen):.2f} | {' | '.join(figures)} |"
+
+            line = made.line(f"searched {name} {budget}", measure)
+            if line:
+                yield line
 
 
 def beside(model: Calibrated, work: Path) -> Iterator[str]:
-    """AutoRound's own program on the same tokens: uniform, asymmetric, every block with compressed inputs."""
-    for bits in (2, 3, 4):
+    """Other people's own programs on the same tokens: uniform, asymmetric, every layer with compressed inputs."""
 
-        def make(bits: int = bits) -> Any:
-            return auto_round(work, model.network, bits, False, dense_inputs=False, folder=model.folder, ids=model.ids)
+    def by_auto_round(bits: int) -> Any:
+        return auto_round(work, model.network, bits, False, dense_inputs=False, folder=model.folder, ids=model.ids)
 
-        row = measured(work, f"{model.name.replace(' ', '-')}-auto_round-{bits}", model.network, model.heldout, make)
-        groups = sum(unit.shape[0] * -(-unit.shape[1] // 64) for unit in model.network.units if unit.block is not None)
-        size = bits + (16 + bits) * groups / model.n_weights
-        figures = _figures(Scored(row["kl"], row["stderr"], row["perplexity"]))
-        seconds = 1e6 * row["seconds"] / model.n_weights
-        yield f"| AutoRound | 200 steps, asymmetric | {bits} | {size:.2f} | {figures} | {seconds:.1f} |"
+    def by_llm_compressor(bits: int) -> Any:
+        return llm_compressor(work, model.network, bits, False, folder=model.folder, ids=model.ids)
+
+    groups = sum(unit.shape[0] * -(-unit.shape[1] // 64) for unit in model.network.units if unit.block is not None)
+    for label, what, make in (
+        ("AutoRound", "200 steps, asymmetric", by_auto_round),
+        ("llm-compressor", "GPTQ, static, asymmetric", by_llm_compressor),
+    ):
+        for bits in (2, 3, 4):
+            key = f"{model.name.replace(' ', '-')}-{make.__name__[3:]}-{bits}"
+            row = measured(work, key, model.network, model.heldout, partial(make, bits))
+            size = bits + (16 + bits) * groups / model.n_weights
+            figures = _figures(Scored(row["kl"], row["stderr"], row["perplexity"]))
+            seconds = 1e6 * row["seconds"] / model.n_weights
+            yield f"| {label} | {what} | {bits} | {size:.2f} | {figures} | {seconds:.1f} |"
 
 
-def together(size: int, repeats: int = 3) -> list[str]:
-    """Seconds of six bit-widths of one layer, and of one alone, side by side."""
+def together(size: int, repeats: int) -> list[str]:
+    """Processor seconds of six bit-widths of one layer, and of one alone, side by side."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((size, size), generator=generator) * 0.02
     X = torch.randn((size, size + 256), generator=generator)
@@ -175,21 +212,22 @@ def together(size: int, repeats: int = 3) -> list[str]:
         for alone in (2, 4, 8):
             ratios, singles = [], []
             for _ in range(repeats):
-                started = time.perf_counter()
+                started = time.process_time()
                 quantized(weight, hessian, Params(bits=(alone,), grid=grid))
-                singles.append(time.perf_counter() - started)
-                started = time.perf_counter()
+                singles.append(time.process_time() - started)
+                started = time.process_time()
                 quantized(weight, hessian, Params(bits=(2, 3, 4, 5, 6, 8), grid=grid))
-                ratios.append((time.perf_counter() - started) / singles[-1])
+                ratios.append((time.process_time() - started) / singles[-1])
             lines.append(
                 f"| {grid} | {alone} | {statistics.median(singles):.1f} | {statistics.median(ratios):.2f} | "
                 f"{min(ratios):.2f} to {max(ratios):.2f} |"
             )
+            print(lines[-1], flush=True)
     return lines
 
 
-def _sections(model: Calibrated, entries: Sequence[Entry], peers: Path | None) -> Iterator[str]:
-    made = Made(model)
+def _sections(model: Calibrated, entries: Sequence[Entry], work: Path, peers: Path | None) -> Iterator[str]:
+    made = Made(model, work)
     yield from (f"## {model.name[0].upper()}{model.name[1:]}", "")
     yield from ("| method | what | bits | effective bits | KL | ppl | s/M |", "|---|---|---|---|---|---|---|")
     yield from uniform(made, entries)
@@ -199,8 +237,11 @@ def _sections(model: Calibrated, entries: Sequence[Entry], peers: Path | None) -
     menus = {name: menu for name, menu in MENUS.items() if {entry.method for entry in menu} <= methods}
     if menus:
         yield from ("", f"After `branch`, from the KL of each level alone on {ALONE} calibration tokens:", "")
-        yield "| menu | budget | effective bits | KL | ppl | KL, made again | ppl, made again |"
-        yield "|---|---|---|---|---|---|---|"
+        yield (
+            "| menu | budget | effective bits | KL | ppl | KL, made again | ppl, made again | KL, with steps | "
+            "ppl, with steps |"
+        )
+        yield "|---|---|---|---|---|---|---|---|---|"
         yield from searched(made, menus)
     yield ""
 
@@ -208,14 +249,19 @@ def _sections(model: Calibrated, entries: Sequence[Entry], peers: Path | None) -
 def main() -> None:
     """Measure and write the tables."""
     parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--work", type=Path, required=True, help="lines that stand in this folder are not measured again"
+    )
     parser.add_argument("--small", type=Path, help="a model of `small_llama.py`")
-    parser.add_argument("--peers", type=Path, help="run AutoRound, too; environments and results stand in this folder")
+    parser.add_argument("--peers", type=Path, help="run peers, too; environments and results stand in this folder")
     parser.add_argument("--methods", nargs="*", default=sorted({entry.method for entry in ENTRIES}))
     parser.add_argument("--shared", type=Path, default=SHARED, help="where models and texts stand that are not ours")
     parser.add_argument("--size", type=int, default=4096, help="of the layer that is timed; 0 for none")
+    parser.add_argument("--repeats", type=int, default=3, help="of each timing of that layer")
     given = parser.parse_args()
-    if given.peers is not None:
-        given.peers.mkdir(parents=True, exist_ok=True)
+    for folder in (given.work, given.peers):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     models = [("the demo model", DEMO / "model", (DEMO / "calibration.txt", DEMO / "heldout.txt"))]
     tiny = given.shared / "data" / "tinystories_calibration.txt", given.shared / "data" / "tinystories_heldout.txt"
     if given.shared.is_dir():
@@ -229,24 +275,25 @@ def main() -> None:
         *header("quantization.py", ["layerwise", "torch", "transformers"]),
         f"- all layers of the blocks; levels made from dense inputs of {TOKENS} calibration tokens in sequences of "
         f"{LENGTH}; held-out KL to the dense model over as many tokens, with its standard error over sequences",
-        "- effective bits: all bytes that are written for the levels, padding included; s/M: seconds of one thread for "
-        "a million weights, of all bit-widths of the entry together over their number",
+        "- effective bits: all bytes that are written for the levels, padding included; s/M: processor seconds of one "
+        "thread for a million weights, of all bit-widths of the entry together over their number",
         "- made again: the same allocation at the same bytes with `apply: {remake: true}`; seven of eight calibration "
-        "sequences make levels, the eighth chooses",
-        "- AutoRound: its own program in an environment of its own, same tokens; it leaves layers as they are whose "
-        "inputs are no multiple of 32, so it has no rows for stories260k",
+        f"sequences make levels, the eighth chooses; with steps: and `steps: {STEPS}`",
+        "- AutoRound 0.16.1, llm-compressor 0.14.0.1: their own programs in environments of their own, same tokens, "
+        "wall seconds; AutoRound leaves layers as they are whose inputs are no multiple of 32, so there are no rows of "
+        "them for stories260k",
         "",
     ]
+    page = HERE / "results" / "quantization.md"
     for name, folder, texts in models:
         model = Calibrated(name, folder, texts, length=LENGTH, tokens=TOKENS)
-        lines += _sections(model, entries, given.peers)
+        lines += _sections(model, entries, given.work, given.peers)
+        page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     if given.size:
         lines += [f"## 2, 3, 4, 5, 6 and 8 bits of one {given.size} x {given.size} layer, over one of them alone", ""]
         lines += ["| grid | alone | s alone | together / alone | least to greatest |", "|---|---|---|---|---|"]
-        lines += together(given.size)
-    text = "\n".join(lines).rstrip() + "\n"
-    (HERE / "results" / "quantization.md").write_text(text, encoding="utf-8")
-    print(text)
+        lines += together(given.size, given.repeats)
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

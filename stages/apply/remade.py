@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from layerwise.stages.contract import ModelSource
 
 RESIDUAL = 0.5
-"""How much of the residual a level makes up for, if nothing is said."""
+"""How much of the residual a level makes up for, if nothing is said. Held-out KL of `gptq` with groups of 64 on 32 Ki
+tokens, as it was and made again with shares of 0, 0.5 and 1: at 2 bits 0.407, 0.403, 0.307, 0.292 on the demo model and
+2.07, 2.12, 1.29, 1.36 on stories260k; at 3 bits 0.0782, 0.0783, 0.0647, 0.0633 and 0.361, 0.358, 0.242, 0.265. The
+better inputs alone give nothing; what counts is what they are quantized towards."""
 
 SET_ASIDE = 8
 """One sequence in so many is set aside."""
