@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FORMATS = {
     "compressed_tensors": "layerwise.stages.export.compressed_tensors:compressed_tensors",
     "dense": "layerwise.stages.export.dense:dense",
+    "gptq": "layerwise.stages.export.gptq:gptq",
+    "gptq_v2": "layerwise.stages.export.gptq:gptq_v2",
     "native": "layerwise.stages.export.native:native",
 }
 

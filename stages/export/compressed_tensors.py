@@ -22,22 +22,25 @@ Source: compressed-tensors 0.20, `quantization/quant_config.py` and `compressors
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
-from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
-from layerwise.stages.export import copy_beside
-from layerwise.stages.export.shards import SHARD_BYTES, Part, write_shards
-from layerwise.stages.levels.masked_grid import whole_grid
-from layerwise.stages.models.checkpoint import Checkpoint
-from layerwise.stages.models.compressed import CompressedModel, CompressedUnit
-from layerwise.stages.models.network import BEGIN, Unit
+from layerwise.stages.export.packed_folder import (
+    PACKED,
+    PackedFormat,
+    Scheme,
+    equal_groups,
+    first_that_holds,
+    group_size,
+    reordered,
+    why_not_packed,
+    write_packed,
+)
+from layerwise.stages.export.shards import SHARD_BYTES
+from layerwise.stages.models.network import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +52,6 @@ VERSION = "0.20.0"
 
 SAFE_BITS = (4, 8)
 """Widths that every reader has a kernel for."""
-
-PACKED = ("grid", "masked_grid")
-"""Encodings that are written packed; `dense` and `mask` are written dense, and others not at all."""
 
 
 def compressed_tensors(
@@ -68,40 +68,13 @@ def compressed_tensors(
         UnsupportedModel: it cannot hold a level, a part is dropped, or layers that engines fuse differ; nothing is
             written then.
     """
-    checkpoint = Checkpoint(source.path, source.trust)
-    model = None if source.compressed is None else CompressedModel(source.compressed)
-    entries = () if model is None else model.document.units
-    recipes = {} if model is None else {entry.unit.name: model.level(entry.unit.name).recipe for entry in entries}
-    _check_held(entries, recipes, any_bits=any_bits, asymmetric=asymmetric)
-    schemes = {
-        entry.unit.name: _scheme(entry.unit, recipes[entry.unit.name])
-        for entry in entries
-        if recipes[entry.unit.name]["encoding"] in PACKED
-    }
-    _check_fused((entry.unit for entry in entries), schemes)
-    parts = []
-    replaced: dict[str, str] = {}
-    written: defaultdict[str, list[CompressedUnit]] = defaultdict(list)
-    for entry in entries:
-        assert entry.stored is not None and model is not None
-        if entry.unit.name in schemes:
-            module = entry.stored.parts[0].tensor.removesuffix(".weight")
-            read = partial(_packed, model, entry.unit.name, module)
-            parts.append(Part(f"{module}.weight", size_bytes(entry.unit, recipes[entry.unit.name], 0), read))
-            replaced |= dict.fromkeys((view.tensor for view in entry.stored.places), entry.unit.name)
-        else:
-            for view in entry.stored.places:
-                written[view.tensor].append(entry)
-    for name in checkpoint.headers:
-        if name not in replaced:
-            read_dense = partial(_dense, name, checkpoint, model, tuple(written[name]))
-            parts.append(Part(name, checkpoint.tensor_bytes(name), read_dense))
-    copy_beside(checkpoint, out)
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    if schemes:
-        config["quantization_config"] = quantization_config(schemes, linear_layers(source))
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_shards(parts, out, shard_bytes=shard_bytes)
+    write_packed(source, out, held(any_bits=any_bits, asymmetric=asymmetric), shard_bytes=shard_bytes)
+
+
+def held(*, any_bits: bool = False, asymmetric: bool = False) -> PackedFormat:
+    """The format with these settings."""
+    refuse = partial(why_not, any_bits=any_bits, asymmetric=asymmetric)
+    return PackedFormat("compressed-tensors", refuse, size_bytes, packed_tensors, _configure)
 
 
 # --- what it can hold, and at what size -------------------------------------------------------------------------------
@@ -109,24 +82,11 @@ def compressed_tensors(
 
 def why_not(unit: Unit, recipe: Mapping[str, Any], *, any_bits: bool = False, asymmetric: bool = False) -> str | None:
     """Why this format cannot hold a level; None if it can."""
-    encoding, view = recipe["encoding"], unit.view
-    if encoding in ("dense", "mask", "keep"):
-        return None
-    if encoding not in PACKED:
-        return f"it has no place for encoding {encoding}"
-    stands_alone = view is not None and view.whole and not view.transposed
+    why = why_not_packed(unit, recipe)
+    if why is not None or recipe["encoding"] not in PACKED:
+        return why
     reasons = (
-        (
-            unit.role not in ("linear", "head") or not stands_alone,
-            f"it packs linear layers that stand by themselves, [out, in], and this {unit.role} is none",
-        ),
-        (BEGIN in unit.positions, "the head shares its weight with the embedding, which is not packed"),
-        (recipe.get("group_along") == "outputs", "its groups run along inputs only"),
-        (recipe.get("scaled_inputs") is True, "it has no place for scaled inputs"),
-        (
-            recipe.get("desc_act") is True and recipe["group_size"] != -1,
-            "it has no place for columns that are grouped in another order",
-        ),
+        (reordered(recipe), "it has no place for columns that are grouped in another order"),
         (
             not recipe["sym"] and not asymmetric,
             "transformers does not reload asymmetric layers; `asymmetric: true` forces it",
@@ -136,19 +96,11 @@ def why_not(unit: Unit, recipe: Mapping[str, Any], *, any_bits: bool = False, as
             f"only 4 and 8 bits load everywhere, not {recipe['bits']}; `any_bits: true` allows them",
         ),
     )
-    return next((why for holds, why in reasons if holds), None)
+    return first_that_holds(reasons)
 
 
-def size_bytes(unit: Unit, recipe: Mapping[str, Any], dense_bytes: int) -> int:
-    """Bytes of the tensors that a level becomes.
-
-    Args:
-        unit: whose level.
-        recipe: the level's; one that can be held.
-        dense_bytes: of the unit in the checkpoint.
-    """
-    if recipe["encoding"] not in PACKED:
-        return dense_bytes
+def size_bytes(unit: Unit, recipe: Mapping[str, Any]) -> int:
+    """Bytes of the tensors that a packed level becomes."""
     rows, columns = unit.shape
     bits: int = recipe["bits"]
     groups = columns // group_size(recipe, columns)
@@ -156,87 +108,26 @@ def size_bytes(unit: Unit, recipe: Mapping[str, Any], dense_bytes: int) -> int:
     return rows * -(-columns * bits // 32) * 4 + rows * groups * 2 + 16 + zeros
 
 
-def group_size(recipe: Mapping[str, Any], columns: int) -> int:
-    """Columns of a group in the file; the whole row if it is one group.
-
-    Readers refuse a last group that is shorter. Groups are cut up until all are equal, and each piece gets the scale
-    of its group: 40 columns in groups of 16 become groups of 8.
-    """
-    size: int = recipe["group_size"]
-    return columns if size == -1 or size >= columns else gcd(size, columns)
-
-
-def _check_held(entries: Iterable[CompressedUnit], recipes: Mapping[str, Mapping[str, Any]], **options: bool) -> None:
-    refused = [
-        (entry.unit.name, entry.level, why)
-        for entry in entries
-        if (why := why_not(entry.unit, recipes[entry.unit.name], **options)) is not None
-    ]
-    if refused:
-        unit, level, why = refused[0]
-        raise UnsupportedModel(
-            f"compressed-tensors cannot hold {len(refused)} of the levels, the first is {level} of {unit}: {why}",
-            hint="say `format: compressed_tensors` in `allocate`, too: then such levels are not offered",
-        )
-
-
-def _check_fused(units: Iterable[Unit], schemes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse layers that an engine joins into one (`3.self_attn.q_proj+k_proj+v_proj`) with unequal arguments."""
-    groups: defaultdict[str, list[Unit]] = defaultdict(list)
-    for unit in units:
-        if unit.group is not None:
-            groups[unit.group].append(unit)
-    for group, members in groups.items():
-        packed = [unit.name for unit in members if unit.name in schemes]
-        different = [name for name in packed if schemes[name] != schemes[packed[0]]]
-        if different:
-            one, other = (_in_words(schemes[name]) for name in (packed[0], different[0]))
-            what = f"{packed[0]} has {one}, {different[0]} {other}"
-        elif packed and len(packed) < group.count("+") + 1:
-            what = f"{packed[0]} has {_in_words(schemes[packed[0]])}, and others of them are dense"
-        else:
-            continue
-        raise UnsupportedModel(
-            f"serving engines join block {group.replace('.', ', ', 1)} into one layer, but {what}",
-            hint="say `tie: fused` in `allocate`",
-        )
-
-
-def _in_words(scheme: Mapping[str, Any]) -> str:
-    group = scheme["group_size"] or "row"
-    return f"{scheme['num_bits']} bits in groups of {group}{'' if scheme['symmetric'] else ', asymmetric'}"
-
-
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def _scheme(unit: Unit, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The `weights` of a group: what the format calls quantization arguments."""
-    size = group_size(recipe, unit.shape[1])
-    channel = size == unit.shape[1]
-    return {
-        "num_bits": recipe["bits"],
-        "type": "int",
-        "symmetric": recipe["sym"],
-        "strategy": "channel" if channel else "group",
-        "group_size": None if channel else size,
-        "dynamic": False,
-    }
+def _configure(schemes: Mapping[str, Scheme], source: ModelSource) -> dict[str, Any]:
+    return quantization_config(schemes, linear_layers(source))
 
 
-def quantization_config(schemes: Mapping[str, Mapping[str, Any]], linears: Iterable[str]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
     """`quantization_config` of a `config.json`.
 
     Args:
-        schemes: by module, its quantization arguments.
+        schemes: by module.
         linears: every linear layer of the model.
     """
-    targets: dict[str, list[str]] = {}
+    targets: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
-        targets.setdefault(json.dumps(scheme), []).append(name)
+        targets.setdefault(scheme, []).append(name)
     nothing = {"input_activations": None, "output_activations": None}
     groups = {
-        f"group_{number}": {"targets": names, "weights": json.loads(scheme), "format": "pack-quantized", **nothing}
+        f"group_{number}": {"targets": names, "weights": _weights(scheme), "format": "pack-quantized", **nothing}
         for number, (scheme, names) in enumerate(targets.items())
     }
     return {
@@ -248,6 +139,19 @@ def quantization_config(schemes: Mapping[str, Mapping[str, Any]], linears: Itera
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "config_groups": groups,
+    }
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    """The `weights` of a group: what the format calls quantization arguments."""
+    channel = scheme.group_size == -1
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.sym,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else scheme.group_size,
+        "dynamic": False,
     }
 
 
@@ -267,10 +171,6 @@ def linear_layers(source: ModelSource) -> list[str]:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _packed(model: CompressedModel, unit: str, module: str) -> dict[str, Tensor]:
-    return {f"{module}.{name}": tensor for name, tensor in packed_tensors(model.level(unit)).items()}
-
-
 def packed_tensors(level: Level) -> dict[str, Tensor]:
     """A `grid` or `masked_grid` level as the format stores it, by the ends of the names."""
     import torch
@@ -278,12 +178,7 @@ def packed_tensors(level: Level) -> dict[str, Tensor]:
     from layerwise.kernels.packing import pack
 
     bits = level.recipe["bits"]
-    codes, scale, zero = whole_grid(level)
-    columns = level.shape[1]
-    size = group_size(level.recipe, columns)
-    if columns % max(1, level.recipe["group_size"]) and size < columns:
-        group = torch.arange(0, columns, size) // level.recipe["group_size"]
-        scale, zero = scale[:, group], None if zero is None else zero[:, group]
+    codes, scale, zero = equal_groups(level)
     tensors = {
         "weight_packed": level.tensors["codes"] if level.recipe["encoding"] == "grid" else pack(codes, bits),
         "weight_scale": scale,
@@ -292,16 +187,3 @@ def packed_tensors(level: Level) -> dict[str, Tensor]:
     if zero is not None:
         tensors["weight_zero_point"] = pack(zero.T, bits).T
     return tensors
-
-
-def _dense(
-    name: str, checkpoint: Checkpoint, model: CompressedModel | None, entries: Sequence[CompressedUnit]
-) -> dict[str, Tensor]:
-    """A tensor of the checkpoint, with what levels stand in it decoded."""
-    tensor = checkpoint.read(name)
-    for entry in entries:
-        assert model is not None and entry.stored is not None
-        for view, piece in entry.stored.pieces(model.level(entry.unit.name).decode(), checkpoint):
-            if view.tensor == name:
-                view.write(tensor, piece)
-    return {name: tensor}

@@ -25,7 +25,7 @@ class ExportParams(Params):
         "dense",
         description="dense: decoded weights in the checkpoint's own dtype and files, for any tool; native: levels "
         "encoded, in the predicted bytes, for layerwise; compressed_tensors: packed linear layers, for transformers, "
-        "vLLM and SGLang",
+        "vLLM and SGLang; gptq, gptq_v2: the same for GPTQModel and vLLM",
         json_schema_extra={"examples": list(FORMATS)},
     )
     any_bits: bool = Field(
@@ -34,7 +34,7 @@ class ExportParams(Params):
     asymmetric: bool = Field(
         False, description="compressed_tensors: also grids with zero points, which transformers 5.23 does not reload"
     )
-    shard_bytes: ByteSize = Field(SHARD_BYTES, description="compressed_tensors: largest weight file")
+    shard_bytes: ByteSize = Field(SHARD_BYTES, description="compressed_tensors, gptq: largest weight file")
 
     @field_validator("format")
     @classmethod

@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,28 +29,9 @@ MENU = [
 
 
 @pytest.fixture(scope="module")
-def made(make_bench: Callable[[Path], Any], model_folder: Callable[[str], Path]) -> Callable[..., Any]:
+def made(make_exportable: Callable[..., Any]) -> Callable[..., Any]:
     """A `model` artifact of a family in which each unit has the level that a function of it names."""
-    benches: dict[str, Any] = {}
-
-    def make(family: str, choose: Callable[[Any], str], menu: list[dict[str, Any]] | None = None) -> tuple[Any, Any]:
-        from layerwise.stages.allocate.allocation import make_allocation, save_allocations
-        from layerwise.stages.allocate.costs import CostTable
-
-        if family not in benches:
-            bench = make_bench(model_folder(family))
-            targets = ["blocks", "head", "embedding"]
-            benches[family] = bench, bench.run("compress", {"menu": menu or MENU, "targets": targets})
-        bench, levels = benches[family]
-        table = CostTable(Database(levels.out, bench.model).index)
-        genome = [[level.name for level in unit.levels].index(choose(unit.unit)) for unit in table.units]
-        allocation = make_allocation(table, genome, solver="hand", budget={"bits": 32.0})
-        folder = bench.folder / f"allocations-{bench.runs}"
-        folder.mkdir()
-        save_allocations(folder, [allocation])
-        return bench, bench.run("apply", {"pick": allocation.candidate}, allocations=folder, database=levels.out)
-
-    return make
+    return make_exportable(MENU)
 
 
 def mixed(unit: Any) -> str:
@@ -59,6 +39,8 @@ def mixed(unit: Any) -> str:
     last = unit.name.rpartition(".")[2]
     if unit.block is None:
         return "rtn-8b-g16" if unit.role == "head" and len(unit.positions) == 1 else "dense"
+    if unit.role != "linear":  # experts in stacked parameters
+        return "dense"
     if last in ("q_proj", "k_proj", "v_proj"):
         return ("rtn-4b-g16", "rtn-3b-g16", "dense")[unit.block]
     if last in ("gate_proj", "up_proj"):
@@ -133,7 +115,7 @@ def test_packed_words_scales_and_configuration_say_what_the_levels_decode_to(
 @pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
 )
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"])
 def test_transformers_loads_the_folder_and_says_what_the_decoded_model_says(
     made: Callable[..., Any], family: str
 ) -> None:
