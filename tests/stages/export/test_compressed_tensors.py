@@ -115,7 +115,7 @@ def test_packed_words_scales_and_configuration_say_what_the_levels_decode_to(
 @pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
 )
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
 def test_transformers_loads_the_folder_and_says_what_the_decoded_model_says(
     made: Callable[..., Any], family: str
 ) -> None:
