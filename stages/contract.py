@@ -27,9 +27,9 @@ Answer = TypeVar("Answer")
 
 
 class Params(BaseModel):
-    """Base of every stage's and every method's parameters: frozen, and an unknown key is an error."""
+    """Base of every stage's and every method's parameters: frozen; unknown keys, inf and NaN are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def material(self) -> dict[str, Any]:
         """What decides the result, as JSON: the part of a stage's key. All of it, unless a stage knows better."""

@@ -12,7 +12,10 @@ _BYTE_UNITS = {
     **{"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
     **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
 }
-_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_QUANTITY = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})", re.ASCII)
+
+LARGEST = 2**63 - 1
+"""Of whole numbers: tables and tensors count in 64 bits."""
 
 
 def _quantity(value: object, units: dict[str, int], wanted: str) -> object:
@@ -37,13 +40,13 @@ def parse_bytes(value: object) -> object:
 
 Count = Annotated[
     int,
-    Field(gt=0),
+    Field(gt=0, le=LARGEST),
     BeforeValidator(parse_count),
     WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\d"}]}),
 ]
 ByteSize = Annotated[
     int,
-    Field(gt=0),
+    Field(gt=0, le=LARGEST),
     BeforeValidator(parse_bytes),
     WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\d"}]}),
 ]

@@ -172,7 +172,11 @@ def measured(fn: Callable[[Item], Answer], item: Item, threads: int) -> tuple[An
 
 @contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
-    """Bound torch's threads: directly if it is loaded, by the environment for a call that is the first to load it."""
+    """Bound torch's threads: directly if it is loaded, by the environment for a call that is the first to load it.
+
+    More threads than the machine has cores are of no use, and thousands of them take it down.
+    """
+    threads = min(threads, os.cpu_count() or 1)
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else 0
     environment = {name: os.environ.get(name) for name in _THREAD_VARIABLES}

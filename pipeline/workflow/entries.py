@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from layerwise import stages as registry
-from layerwise.errors import UsageError
+from layerwise.errors import UsageError, WorkflowError
 from layerwise.pipeline.executors import Resources
 from layerwise.pipeline.workflow.binding import Reference, Wiring
 from layerwise.pipeline.workflow.expressions import Names, aligned_stage, resolve, unresolved
 from layerwise.pipeline.workflow.fileformat import ResourcesEntry, StageEntry
 from layerwise.pipeline.workflow.foreach import Item, Items
 from layerwise.pipeline.workflow.layers import merge
+from layerwise.pipeline.workflow.limits import MAX_CHARACTERS, MAX_INSTANCES, MAX_UNFOLDED
 from layerwise.pipeline.workflow.mistakes import validate
 from layerwise.pipeline.workflow.placing import Asked
 from layerwise.pipeline.workflow.report import Report, suggest
-from layerwise.pipeline.workflow.yaml12 import KeyPath, Tree
+from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree
 from layerwise.stages.contract import Params, Stage
 
 FindStage: TypeAlias = Callable[[str], Stage] | Mapping[str, Stage]
@@ -90,15 +91,44 @@ def read_stages(
     names: Names = {"params": params}
     items = Items(entries, names, report)
     drafts: dict[str, Draft] = {}
+    allowance = Allowance(report)
     for name, entry in entries.items():
         for item in items.of(name):
             own_names = names if item is None else {**names, "item": item.value}
-            draft = _Reader(name, entry, item, own_names, report).read(resources, device, catalogue)
+            reader = _Reader(name, entry, item, own_names, report)
+            allowance.take(reader.tree, reader.place, reader.path)
+            draft = reader.read(resources, device, catalogue)
             if draft.wiring.id in drafts:
                 text = f"there are two stages '{draft.wiring.id}'; rename one"
                 report.add(draft.wiring.place, draft.wiring.path, text)
             drafts.setdefault(draft.wiring.id, draft)
     return list(drafts.values())
+
+
+class Allowance:
+    """What the stages of a workflow may add up to; ends the reading where it is more."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.instances = self.values = self.characters = 0
+
+    def take(self, tree: Tree, place: Place, path: KeyPath) -> None:
+        """Count one more stage.
+
+        Raises:
+            WorkflowError: it is too much; with all mistakes that were found so far.
+        """
+        self.instances += 1
+        self.values += tree.size
+        self.characters += tree.characters
+        for found, most, what in (
+            (self.instances, MAX_INSTANCES, "stages, each foreach unrolled"),
+            (self.values, MAX_UNFOLDED, "values in its stages, each foreach unrolled and each expression replaced"),
+            (self.characters, MAX_CHARACTERS, "characters in its stages, foreach unrolled and expressions replaced"),
+        ):
+            if found > most:
+                self.report.add(place, path, f"the workflow is too large: more than {most:,} {what}")
+                raise WorkflowError(self.report.mistakes, hint="split it into several workflows")
 
 
 def read_resources(tree: Tree) -> Resources:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from layerwise.pipeline.workflow.limits import wrong_text
 from layerwise.pipeline.workflow.report import Report, describe, suggest
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Tree
 
@@ -74,6 +75,9 @@ def _resolve_text(tree: Tree, text: str, names: Names) -> Tree:
     if whole and _MARK not in whole[1]:
         return replace(_look_up(whole[1].strip(), names), key=tree.key)
     written = _EXPRESSION.sub(lambda match: _as_text(match[1].strip(), names), text)
+    wrong = wrong_text(written)
+    if wrong is not None:
+        raise _LookUpError(wrong)
     if _MARK in written:
         raise _LookUpError("an expression is opened with '${{' but not closed with '}}'")
     return replace(tree, value=written)

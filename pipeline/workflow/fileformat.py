@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from layerwise.pipeline.workflow.limits import MAX_NAME
 from layerwise.stages.quantities import ByteSize, Count
 
 VERSION = 1
@@ -19,19 +20,28 @@ VERSION = 1
 _NAME = r"[A-Za-z_][A-Za-z0-9_-]*"
 
 
+def _check_length(name: str) -> str:
+    if len(name) > MAX_NAME:
+        raise ValueError(f"'{name[:20]}...' is too long for a name: {len(name)} characters, at most {MAX_NAME}")
+    return name
+
+
 def _check_name(name: str) -> str:
+    _check_length(name)
     if not re.fullmatch(_NAME, name):
         raise ValueError(f"'{name}' cannot be a name: use letters, digits, '_' and '-', a letter first")
     return name
 
 
 def _check_stage_name(name: str) -> str:
+    _check_length(name)
     if not re.fullmatch(rf"{_NAME}(@[^\s/@\x00-\x1f\x7f]+)?", name):
         raise ValueError(f"'{name}' cannot name a stage: use letters, digits, '_' and '-', a letter first")
     return name
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
+Title = Annotated[str, AfterValidator(_check_length)]
 StageName = Annotated[str, AfterValidator(_check_stage_name)]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -40,7 +50,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Part(BaseModel):
     """Base of everything in the file: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelEntry(Part):
@@ -109,8 +119,8 @@ class TensorEntry(Part):
 class ResourcesEntry(Part):
     """What one task of a stage may use."""
 
-    cpus: float = Field(default=1, gt=0, description="CPU cores of one task, and its number of threads.")
-    gpus: float = Field(default=0, ge=0, description="GPUs of one task; a fraction shares one.")
+    cpus: float = Field(default=1, gt=0, le=1024, description="CPU cores of one task, and its number of threads.")
+    gpus: float = Field(default=0, ge=0, le=1024, description="GPUs of one task; a fraction shares one.")
     memory: ByteSize | None = Field(default=None, description="Memory of one task, such as 2GiB; no claim if left out.")
 
 
@@ -135,7 +145,7 @@ class WorkflowFile(Part):
     """A layerwise workflow."""
 
     version: Literal[1] = Field(description="Version of the workflow format.")
-    name: str | None = Field(None, description="Name of the workflow; the file's name if left out.")
+    name: Title | None = Field(None, description="Name of the workflow; the file's name if left out.")
     description: str | None = Field(None, description="For the reader.")
     extends: str | None = Field(None, description="A workflow file that this one changes: maps merge, lists replace.")
     model: str | ModelEntry = Field(description="The dense model: a folder or a Hugging Face id.")

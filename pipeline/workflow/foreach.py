@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layerwise.pipeline.workflow.expressions import Names, Unknown, aligned_stage, resolve, unresolved
+from layerwise.pipeline.workflow.limits import MAX_INSTANCES, MAX_NAME
 from layerwise.pipeline.workflow.report import Report, describe, suggest
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Tree
 
@@ -62,6 +63,10 @@ class Items:
         if followed is not None:
             return self._follow(foreach, followed, path)
         tree = resolve(foreach, self.names, path, self.report)
+        if isinstance(tree.value, list) and len(tree.value) > MAX_INSTANCES:
+            text = f"{len(tree.value):,} items are too many: a workflow has at most {MAX_INSTANCES} stages"
+            self.report.add(foreach.place, path, text)
+            return [_UNKNOWN]
         if isinstance(tree.value, list) and tree.value:
             return self._unroll(tree.value, name, path)
         if not unresolved(tree):
@@ -88,6 +93,10 @@ class Items:
         items: dict[str, Item] = {}
         for index, value in enumerate(values):
             suffix = _suffix(value, index)
+            length = len(name) + 1 + len(suffix)
+            if length > MAX_NAME:
+                text = f"'{name}@{suffix[:20]}...' would be the name of a stage, and {length} characters are too long: "
+                self.report.add(value.place, (*path, index), f"{text}at most {MAX_NAME}; give the item a short `name`")
             if suffix in items:
                 self.report.add(value.place, (*path, index), f"'{suffix}' is listed twice; stage ids must differ")
             items.setdefault(suffix, Item(suffix, value, name, index))

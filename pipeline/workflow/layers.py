@@ -6,6 +6,7 @@ it was written, so a mistake is shown in the file, or the option, that has to be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from layerwise.errors import UsageError, WorkflowError
 from layerwise.pipeline.workflow.expressions import unresolved
 from layerwise.pipeline.workflow.fileformat import STAGE_KEYS, TOP_KEYS
+from layerwise.pipeline.workflow.limits import MAX_FILES, wrong_text
+from layerwise.pipeline.workflow.paths import expanded
 from layerwise.pipeline.workflow.report import Report, describe, nearest, suggest
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree, dotted, load_file, load_value, plant
 
@@ -51,14 +54,25 @@ def _read(path: Path, report: Report, chain: tuple[Path, ...]) -> Tree:
     if not isinstance(parent.value, str):
         report.add(parent.place, ("extends",), f"must be text, got {describe(parent.value)}")
         return own
-    base, chain = path.parent / Path(parent.value).expanduser(), (*chain, path.resolve())
-    if base.resolve() in chain:
-        circle = " -> ".join(file.name for file in (*chain[chain.index(base.resolve()) :], base))
+    try:
+        base, chain = path.parent / expanded(parent.value), (*chain, _real(path))
+    except UsageError as error:
+        raise WorkflowError([parent.place.mistake(f"extends: {error.message}")]) from error
+    if _real(base) in chain:
+        circle = " -> ".join(file.name for file in (*chain[chain.index(_real(base)) :], base))
         raise WorkflowError([parent.place.mistake(f"extends: the files extend each other in a circle: {circle}")])
+    if len(chain) == MAX_FILES:
+        text = f"extends: more than {MAX_FILES} files extend each other; merge some of them"
+        raise WorkflowError([parent.place.mistake(text)])
     try:
         return replace(merge(_read(base, report, chain), own), place=own.place)
     except UsageError as error:
         raise WorkflowError([parent.place.mistake(f"extends: {error.message}")]) from error
+
+
+def _real(path: Path) -> Path:
+    """The one name of a file, however it is reached; unlike `Path.resolve` at peace with links in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def apply_profile(tree: Tree, profile: str | None, report: Report) -> Tree:
@@ -170,6 +184,9 @@ def apply_params(tree: Tree, params: Mapping[str, Any], report: Report) -> Tree:
 
 def _typed(given: Any, default: Any, place: Place) -> Tree:
     """A parameter's new value, of the kind that its default has."""
+    wrong = wrong_text(given) if isinstance(given, str) else None
+    if wrong is not None:
+        raise UsageError(wrong)
     if isinstance(given, str) and isinstance(default, str):
         return Tree(given, place)
     if isinstance(given, str):

@@ -23,6 +23,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.pipeline.workflow.expressions import unresolved
 from layerwise.pipeline.workflow.report import Report, describe, nearest, nearest_name, suggest
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree
+from layerwise.stages.quantities import LARGEST
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -150,7 +151,7 @@ class _Mistake:
         """Whether it is only strictness: about 1e3 for a whole number, or a list for a tuple or a set."""
         value = self.error["input"]
         if self.error["type"] == "int_type":
-            return isinstance(value, float) and value.is_integer()
+            return isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST
         return self.error["type"] in ("tuple_type", "set_type", "frozen_set_type") and isinstance(value, list)
 
     @property
@@ -260,8 +261,12 @@ def _words(mistake: _Mistake) -> str:
         words = "this key is required"
     elif mistake.options:
         words = _not_one_of(context.get("tag", value), mistake.options)
+    elif kind in ("int_type", "int_parsing_size") and isinstance(value, float) and abs(value) > LARGEST:
+        words = f"must be at most 2^63 - 1, got {describe(value)}"
     elif mistake.wanted:
         words = f"must be {mistake.wanted}, got {describe(value)}"
+    elif kind == "finite_number":
+        words = f"must be a finite number, got {describe(value)}"
     elif kind in _LIMITS:
         limit, key = _LIMITS[kind]
         words = f"must be {limit} {context[key]:g}, got {value}"

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerwise.errors import UsageError
 from layerwise.pipeline.workflow.expressions import unresolved
 from layerwise.pipeline.workflow.fileformat import DatasetEntry, ModelEntry, TensorEntry, TextEntry
 from layerwise.pipeline.workflow.mistakes import validate
+from layerwise.pipeline.workflow.paths import expanded, missing
 from layerwise.pipeline.workflow.report import Report
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree
 from layerwise.stages.models.code import NAMED_LIKE, split
@@ -77,7 +79,7 @@ class Text:
     def origins(self) -> frozenset[str]:
         """What the text is read from; two texts with an origin in common are not independent."""
         if self.dataset is None:
-            return frozenset(str(path.resolve()) for path in self.paths)
+            return frozenset(os.path.realpath(path) for path in self.paths)
         return frozenset([" ".join(filter(None, (self.dataset, self.config, self.split)))])
 
     def resolved(self) -> dict[str, Any]:
@@ -135,15 +137,20 @@ def read_model(header: Tree, report: Report) -> Model | None:
 def _find_model(tree: Tree, path: KeyPath, options: dict[str, Any], report: Report) -> Model:
     """What a text names: under `path` a folder, under `id` a hub model, under `model` alone whichever it looks like."""
     text, key = str(tree.value), path[-1]
-    folder = _absolute(text, tree.place)
     may_be_id = _HUB_ID.fullmatch(text) is not None
-    if key == "id" or (key == "model" and "/" in text and may_be_id and not folder.is_dir()):
+    try:
+        folder = _absolute(text, tree.place)
+    except UsageError as error:
+        report.add(tree.place, path, error.message)
+        return Model(Path(text), None, **options)
+    wrong = missing(folder, "folder")
+    if key == "id" or (key == "model" and "/" in text and may_be_id and wrong is not None):
         if not may_be_id:
             report.add(tree.place, path, f"'{text}' is not a Hugging Face id (owner/name)")
         return Model(None, text, **options)
-    if not folder.is_dir():
+    if wrong is not None:
         advice = f" (a Hugging Face id without owner is written {{id: {text}}})" if may_be_id else ""
-        report.add(tree.place, path, f"folder not found: {folder}{advice}")
+        report.add(tree.place, path, wrong + advice)
     return Model(folder, None, **options)
 
 
@@ -201,15 +208,23 @@ def _read_text(tree: Tree, path: KeyPath, report: Report) -> Text | Tensors | No
     named: list[tuple[KeyPath, Tree]] = [((*path, "text"), text)]
     if isinstance(text.value, list):
         named = [((*path, "text", index), child) for index, child in enumerate(text.value)]
-    paths = tuple(_absolute(str(child.value), child.place) for _, child in named)
-    for file, (at, child) in zip(paths, named, strict=True):
-        if not file.is_file():
-            wrong = "this is a folder, not a text file" if file.is_dir() else "file not found"
-            report.add(child.place, at, f"{wrong}: {file}")
-    return Text(paths=paths, tokens=files.tokens, sequence_length=files.sequence_length)
+    paths = []
+    for at, child in named:
+        try:
+            paths.append(_absolute(str(child.value), child.place))
+            wrong = missing(paths[-1], "file")
+        except UsageError as error:
+            wrong = error.message
+        if wrong is not None:
+            report.add(child.place, at, wrong)
+    return Text(paths=tuple(paths), tokens=files.tokens, sequence_length=files.sequence_length)
 
 
 def _absolute(path: str, place: Place) -> Path:
-    """A path as the file that names it means it: relative to that file's folder."""
+    """A path as the file that names it means it: relative to that file's folder.
+
+    Raises:
+        UsageError: it begins with the home folder of a user whom nobody knows.
+    """
     folder = Path(place.file).absolute().parent
-    return Path(os.path.normpath(folder / Path(path).expanduser()))
+    return Path(os.path.normpath(folder / expanded(path)))

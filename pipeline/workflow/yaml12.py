@@ -10,24 +10,20 @@ the core ones (no Python objects), keys that are not text, several documents in 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 
-from layerwise.errors import Mistake, UsageError, WorkflowError
+from layerwise.errors import Mistake, WorkflowError
+from layerwise.pipeline.workflow.limits import MAX_DEPTH, MAX_DIGITS, MAX_VALUES, read_small, wrong_number, wrong_text
 
 Scalar: TypeAlias = str | int | float | bool | None
 KeyPath: TypeAlias = tuple[str | int, ...]
 """The way to a value: keys of maps and indices of lists, from the top."""
-
-MAX_NODES = 100_000
-"""A file whose aliases unfold to more values than this is refused: it is an accident, or an attack."""
-
-MAX_DIGITS = 4_000
-"""Python refuses to read whole numbers that are much longer."""
 
 _TAG = "tag:yaml.org,2002:"
 _CORE = {  # YAML 1.2, section 10.3.2: tag -> (pattern, characters that can open it)
@@ -58,7 +54,8 @@ class Place:
     option: str | None = None
 
     def mistake(self, text: str) -> Mistake:
-        """A mistake that is shown at this place."""
+        """A mistake that is shown at this place, on one line; no file may steer the terminal."""
+        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
         if self.option is not None:
             return OptionMistake(self.option, 0, 0, text)
         return Mistake(self.file, self.line, self.column, text)
@@ -90,6 +87,31 @@ class Tree:
     def entries(self) -> dict[str, Tree]:
         """The entries of a map; empty for anything else."""
         return self.value if isinstance(self.value, dict) else {}
+
+    @cached_property
+    def size(self) -> int:
+        """How many values it has, itself included; what stands in several places counts at each of them."""
+        return 1 + sum(child.size for child in self._inside())
+
+    @cached_property
+    def depth(self) -> int:
+        """How many lists and maps are in one another."""
+        nested = isinstance(self.value, dict | list)
+        return max((child.depth for child in self._inside()), default=0) + nested
+
+    @cached_property
+    def characters(self) -> int:
+        """Of all its texts, keys included."""
+        if isinstance(self.value, dict):
+            return sum(len(name) + child.characters for name, child in self.value.items())
+        if isinstance(self.value, list):
+            return sum(child.characters for child in self.value)
+        return len(self.value) if isinstance(self.value, str) else 0
+
+    def _inside(self) -> Iterable[Tree]:
+        if isinstance(self.value, dict):
+            return self.value.values()
+        return self.value if isinstance(self.value, list) else ()
 
     def plain(self) -> Any:
         """The value with its places forgotten: dicts, lists and scalars."""
@@ -156,15 +178,10 @@ def load_file(path: Path, mistakes: list[Mistake] | None = None) -> Tree:
         path: shown in errors as it is given.
         mistakes: where mistakes go that leave the rest readable (a key given twice); without it they are raised.
     Raises:
-        UsageError: there is no such file, or it cannot be read.
+        UsageError: there is no such file, it cannot be read, or it is too long.
         WorkflowError: it is not UTF-8, or not YAML; says where.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    data = read_small(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -211,6 +228,26 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's scanner and composer, with the core schema of YAML 1.2 deciding what a plain scalar is."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's name and form
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = self.nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As PyYAML's, within the limits: it meets every key and every value."""
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        if self.depth > MAX_DEPTH:
+            raise _UnreadableError(self._mark(), f"nested too deeply: at most {MAX_DEPTH} levels")
+        if self.nodes > MAX_VALUES:
+            text = f"too many values: at most {MAX_VALUES:,} keys and values in one file"
+            raise _UnreadableError(self._mark(), text)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _mark(self) -> yaml.Mark:
+        mark: yaml.Mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        return mark
 
 
 class _Dumper(yaml.SafeDumper):
@@ -272,8 +309,6 @@ class _Planter:
             before = text[: error.position]
             mark = yaml.Mark("", 0, before.count("\n"), len(before) - (before.rfind("\n") + 1), None, 0)
             message = f"the character U+{ord(text[error.position]):04X} may not stand in YAML"
-        except RecursionError:
-            mark, message = start, "nested too deeply"
         raise WorkflowError([self.place(mark).mistake(message)])
 
     def plant(self, node: yaml.Node, path: KeyPath) -> tuple[Tree, int]:
@@ -293,10 +328,13 @@ class _Planter:
         else:
             assert isinstance(node, yaml.ScalarNode), "the three kinds of YAML node"
             value, size = self._scalar(node), 1
-        if size > MAX_NODES:
-            raise _UnreadableError(node.start_mark, f"aliases unfold to more than {MAX_NODES} values")
+        if size > MAX_VALUES:
+            raise _UnreadableError(node.start_mark, f"aliases unfold to more than {MAX_VALUES:,} values")
         self.open.discard(id(node))
-        self.planted[id(node)] = Tree(value, self.place(node.start_mark)), size
+        tree = Tree(value, self.place(node.start_mark))
+        if tree.depth > MAX_DEPTH:
+            raise _UnreadableError(node.start_mark, f"aliases nest too deeply: at most {MAX_DEPTH} levels")
+        self.planted[id(node)] = tree, size
         return self.planted[id(node)]
 
     def _map(self, node: yaml.MappingNode, path: KeyPath) -> tuple[dict[str, Tree], int]:
@@ -315,7 +353,7 @@ class _Planter:
                     merged = {**tree.value, **merged}  # of several sources the first wins
                     size += count
                 continue
-            name, place = str(key.value), self.place(key.start_mark)
+            name, place = self._sound(key), self.place(key.start_mark)
             tree, count = self.plant(child, (*path, name))
             if name in own and (first := own[name].key) is not None:
                 text = f"{dotted((*path, name))}: this key is given twice (first on line {first.line})"
@@ -326,7 +364,7 @@ class _Planter:
         return {**merged, **own}, size
 
     def _scalar(self, node: yaml.ScalarNode) -> Scalar:
-        kind, text = node.tag.removeprefix(_TAG), str(node.value)
+        kind, text = node.tag.removeprefix(_TAG), self._sound(node)
         if kind in ("str", "merge"):
             return text
         if kind not in _CORE:
@@ -335,7 +373,19 @@ class _Planter:
             raise _UnreadableError(node.start_mark, f"'{text}' is not what its tag !!{kind} promises")
         if kind == "int" and len(text) > MAX_DIGITS:
             raise _UnreadableError(node.start_mark, f"a whole number of {len(text)} digits is too long")
-        return _parse(kind, text)
+        value = _parse(kind, text)
+        wrong = wrong_number(value) if isinstance(value, int) else None
+        if wrong is not None:
+            raise _UnreadableError(node.start_mark, wrong)
+        return value
+
+    def _sound(self, node: yaml.ScalarNode) -> str:
+        """The text of a key or a value."""
+        text = str(node.value)
+        wrong = wrong_text(text)
+        if wrong is not None:
+            raise _UnreadableError(node.start_mark, wrong)
+        return text
 
     def _check_tag(self, node: yaml.Node, kind: str) -> None:
         if node.tag != _TAG + kind:

@@ -64,7 +64,7 @@ def _check_list(amounts: list[Amount]) -> list[Amount]:
     return amounts
 
 
-Number = Annotated[float, AfterValidator(_check_amount)]
+Number = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_check_amount)]  # which has the better words
 Share = Annotated[str, AfterValidator(_check_amount), WithJsonSchema({"type": "string", "pattern": _SHARE})]
 """`40%`, see `layerwise.stages.allocate.allocation.Amount`."""
 SETTINGS = {
@@ -80,6 +80,13 @@ SETTINGS = {
 """Parameters that only some searches read, and the argument that each becomes where a search has it."""
 STOP_RULES = {"evaluations": "evaluations", "patience": "patience", "max_tokens": "tokens"}
 """Parameters that end a search, and the rule of `Stop` that each becomes."""
+
+
+MOST = 1_000_000
+"""Of generations, and of candidates at a time: a search beyond that would not end."""
+
+MOST_BUDGETS = 10_000
+"""Combinations of them: each is solved for."""
 
 
 class AllocateParams(Params):
@@ -108,12 +115,14 @@ class AllocateParams(Params):
     start: Literal["ilp", "uniform", "random"] = Field("ilp", description="of a search: where it starts")
     fitness: Literal["kl", "perplexity"] = Field("kl", description="of a search: what is minimised")
     preset: str | None = Field(None, description=f"evolve: published settings: {', '.join(PRESETS)}")
-    generations: int | None = Field(None, ge=0, description="evolve: overrides the preset")
-    offspring: int | None = Field(None, ge=1, description="evolve: candidates per generation")
-    survivors_per_selection: list[int] | None = Field(None, min_length=1, description="evolve: left after each round")
+    generations: int | None = Field(None, ge=0, le=MOST, description="evolve: overrides the preset")
+    offspring: int | None = Field(None, ge=1, le=MOST, description="evolve: candidates per generation")
+    survivors_per_selection: list[Annotated[int, Field(ge=1, le=MOST)]] | None = Field(
+        None, min_length=1, description="evolve: left after each round"
+    )
     tokens_per_selection: list[Count] | None = Field(None, min_length=1, description="evolve: tokens of each round")
-    batch: int | None = Field(None, ge=1, description="anneal, random, tpe: candidates at a time")
-    population: int | None = Field(None, ge=2, description="genetic, nsga2: candidates of a generation")
+    batch: int | None = Field(None, ge=1, le=MOST, description="anneal, random, tpe: candidates at a time")
+    population: int | None = Field(None, ge=2, le=MOST, description="genetic, nsga2: candidates of a generation")
     tokens_per_ask: Count | None = Field(
         None, description="anneal, genetic, nsga2, random, tpe: tokens that candidates are evaluated on; all without"
     )
@@ -128,6 +137,14 @@ class AllocateParams(Params):
         if value not in known:
             raise ValueError(f"'{value}' is no solver ({nearest(value, known)})")
         return value
+
+    @field_validator("budgets")
+    @classmethod
+    def _countable(cls, budgets: dict[str, Any]) -> dict[str, Any]:
+        count = math.prod(len(amounts) for amounts in budgets.values() if isinstance(amounts, list))
+        if count > MOST_BUDGETS:
+            raise ValueError(f"{count:,} combinations of budgets are too many: at most {MOST_BUDGETS:,}")
+        return budgets
 
     @field_validator("preset")
     @classmethod

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from layerwise.errors import UsageError
 from layerwise.solvers.pareto import knee, non_dominated
 from layerwise.stages.allocate.allocation import Allocation
+from layerwise.stages.allocate.costs import budget_text
 
 PICK = (
     "knee: where the frontier of bits and KL bends (best, if it does not); best: least KL; smallest: fewest bits; a "
     "budget as it stands in the frontier (bits=3); or the first digits of a candidate"
 )
 """What `how` may be, for people."""
+
+
+_WORDS = ("knee", "best", "smallest")
+_CANDIDATE = re.compile(r"[0-9a-f]{4,12}")
+
+
+def misfit(how: str, makers: Sequence[Any]) -> str | None:
+    """What is wrong with `how` before the allocations are there; None if it may fit one of them.
+
+    Args:
+        makers: the parameters of the stages that make the allocations.
+    """
+    if how in _WORDS or _CANDIDATE.fullmatch(how):
+        return None
+    if not all(hasattr(made, "combinations") for made in makers):
+        return None  # another package's stage, whose budgets nobody here knows
+    budgets = [budget_text(budget) for made in makers for budget in made.combinations]
+    if how in budgets:
+        return None
+    known = [*_WORDS, *dict.fromkeys(budgets)]
+    return f"'{how}' fits no allocation: say {', '.join(known[:12])}, or 4 to 12 digits of a candidate"
 
 
 def pick(allocations: list[Allocation], how: str) -> Allocation:
@@ -24,7 +50,7 @@ def pick(allocations: list[Allocation], how: str) -> Allocation:
     Raises:
         UsageError: nothing fits.
     """
-    if how in ("knee", "best", "smallest"):
+    if how in _WORDS:
         measured = [
             (allocation.sizes["bits"], allocation.kl, allocation)
             for allocation in allocations

@@ -3,7 +3,7 @@ will get (`remade.py`), and laid out for kernels (`packed.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, model_validator
 
 from layerwise.stages.allocate.allocation import Allocation, check_database, load_allocations
-from layerwise.stages.apply.pick import PICK, pick
+from layerwise.stages.apply.pick import PICK, misfit, pick
 from layerwise.stages.apply.remade import RESIDUAL, remake
 from layerwise.stages.compress import compressor_names, find_compressor
 from layerwise.stages.contract import Context, ModelSource, Params, Port, Stage
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 TEXT = "calibration"
 """The text that levels are made again with, if none is named."""
+
+
+def picks(params: ApplyParams, feeding: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """As `contract.Check`: a `pick` that can fit none of the allocations to come."""
+    wrong = misfit(params.pick, feeding.get("allocations", ()))
+    if wrong is not None:
+        yield ("pick",), wrong
 
 
 class ApplyParams(Params):
@@ -190,4 +197,5 @@ STAGE = Stage(
     data=("data", "judge"),
     any_network=lambda params: not params.packed and not params.remake,
     on_gpu=lambda params: params.remake,
+    check=picks,
 )

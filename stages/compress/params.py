@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Union
 
@@ -35,8 +36,8 @@ class CompressParams(Params):
     @field_validator("menu")
     @classmethod
     def _distinct(cls, menu: list[MenuEntry]) -> list[MenuEntry]:
-        names = [name for entry in menu for name in entry.level_names()]
-        twice = [name for name in names if names.count(name) > 1]
+        names = Counter(name for entry in menu for name in entry.level_names())
+        twice = [name for name, count in names.items() if count > 1]
         if twice:
             raise ValueError(f"makes level {twice[0]} twice; remove one of the entries")
         return menu

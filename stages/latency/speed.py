@@ -20,7 +20,7 @@ from pydantic import Field
 
 from layerwise.stages.allocate.allocation import Allocation, check_database, load_allocations
 from layerwise.stages.allocate.costs import CostTable, load_times
-from layerwise.stages.apply.pick import pick
+from layerwise.stages.apply.pick import misfit, pick
 from layerwise.stages.contract import Context, Port, Row, Stage
 from layerwise.stages.latency.forward_pass import ForwardPass, time_loaded, time_packed
 from layerwise.stages.latency.machine import TABLE, MeasureParams, fingerprint, one_by_one
@@ -122,11 +122,15 @@ def _rows(candidate: str, found: Mapping[str, Any], tokens: int) -> list[Row]:
     ]
 
 
-def mistakes(params: SpeedParams, feeding: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str, ...], str]]:
+def mistakes(params: SpeedParams, feeding: Mapping[str, Sequence[Any]]) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """What can be seen to be wrong before anything runs."""
     for timed in feeding.get("latency", ()):
         if timed.device != params.device:
             yield ("device",), f"the latency stage measures {timed.device}, so this one must too"
+    for place, how in enumerate(params.pick or ()):
+        wrong = misfit(how, feeding.get("allocations", ()))
+        if wrong is not None:
+            yield ("pick", place), wrong
 
 
 STAGE = Stage(

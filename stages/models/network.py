@@ -11,12 +11,12 @@ at the first and at the last.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from layerwise.errors import UnsupportedModel
+from layerwise.stages.models.patterns import matches
 from layerwise.stages.registry import nearest
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _named(unit: Unit, patterns: Iterable[str]) -> bool:
 
 def _fits(unit: Unit, pattern: str) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], unit.name) is not None
+        return matches(pattern[3:], unit.name)
     if pattern == "blocks":
         return unit.block is not None
     if pattern in ("head", "embedding"):

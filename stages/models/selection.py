@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Annotated, TypeVar
@@ -12,6 +11,7 @@ from pydantic import AfterValidator
 from layerwise.stages.contract import ModelSource, Row
 from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.network import Uncovered, Unit, select_units
+from layerwise.stages.models.patterns import matches
 from layerwise.stages.models.survey import Survey
 
 Patterns = TypeVar("Patterns", list[str], dict[str, str])
@@ -25,9 +25,9 @@ def valid_patterns(value: Patterns) -> Patterns:
     for pattern in value:
         if pattern.startswith("re:"):
             try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+                matches(pattern[3:], "")
+            except ValueError as error:
+                raise ValueError(f"'{pattern}' {error}") from error
     return value
 
 
