@@ -1,7 +1,8 @@
 """`recover`: what wins quality back after compression, with the compressed structure kept.
 
 Each repair is one file and one line in `REPAIRS`: a function and the class `Params` of the same file, a `RepairEntry`.
-With scope `unit` the function is `fn(task, params) -> Level`: it makes the level of one unit anew. With scope `model`
+With scope `unit` the function is `fn(task, params) -> Level`: it makes the level of one unit anew. With scope
+`parameters` it is `fn(student, dense, sequences, params) -> tensors` by the names of parameters. With scope `model`
 it is `fn(task, params) -> parts`, where `task` is a `parts.ModelRepair` and every `parts.Part` says what of a unit is
 free; `training.py` trains them all. Grids, masks and codes stay bit for bit, unless the method is there to change them
 and says so. Other packages join through the entry point group `layerwise.repairs`, with the same `module:function`
@@ -29,6 +30,7 @@ REPAIRS = {
     "svd": "layerwise.stages.recover.svd:svd",
     "eora": "layerwise.stages.recover.eora:eora",
     "refit": "layerwise.stages.recover.refit:refit",
+    "statistics": "layerwise.stages.recover.statistics:statistics",
     "perp": "layerwise.stages.recover.perp:perp",
     "step_size": "layerwise.stages.recover.step_size:step_size",
     "qat": "layerwise.stages.recover.qat:qat",
@@ -50,7 +52,7 @@ class RepairEntry(Params):
     impl: ClassVar[int] = 1
     """Raised by hand whenever the same inputs would give another model; part of the stage's key."""
 
-    scope: ClassVar[Literal["unit", "model"]] = "unit"
+    scope: ClassVar[Literal["unit", "parameters", "model"]] = "unit"
     """What it works on at a time; one of scope `model` trains, and its parameters are `TrainingParams`."""
 
     of_units: ClassVar[bool] = True

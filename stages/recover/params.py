@@ -16,6 +16,8 @@ AnyEntry: Any = Annotated[Union[ENTRY_TYPES], Field(discriminator="method")]  # 
 
 TRAINING = tuple(name for name in repair_names() if find_repair(name).params.scope == "model")
 """Methods that train."""
+WITH_TEXT = tuple(name for name in repair_names() if find_repair(name).params.scope != "unit")
+"""Methods that read text."""
 
 
 class RecoverParams(Params):
@@ -27,8 +29,8 @@ class RecoverParams(Params):
     targets: Targets = Field([], description="compressed units to repair, as of `calibrate`; all of them if left out")
     data: str | None = Field(
         None,
-        description="the text that repairs are trained on, by its name in the workflow's data section; `calibration` "
-        "if one of them trains",
+        description="the text that repairs are fitted to or trained on, by its name in the workflow's data section; "
+        "`calibration` if one of them reads any",
     )
     ignore: Ignored = Field([], description="units to leave alone, in the same form")
 
@@ -38,8 +40,8 @@ class RecoverParams(Params):
         if not isinstance(given, dict) or given.get("data") is not None or not isinstance(given.get("repairs"), list):
             return given
         methods = [entry.get("method") if isinstance(entry, dict) else entry.method for entry in given["repairs"]]
-        trains = any(name in TRAINING for name in methods)
-        return {**given, "data": "calibration"} if trains else given
+        reads = any(name in WITH_TEXT for name in methods)
+        return {**given, "data": "calibration"} if reads else given
 
     @property
     def name(self) -> str:

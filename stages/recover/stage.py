@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from layerwise.errors import UsageError
 from layerwise.stages.contract import Context, Port, Stage, always
 from layerwise.stages.data.text import tokenized
+from layerwise.stages.recover.by_parameters import fit_parameters
 from layerwise.stages.recover.by_unit import repair_units
 from layerwise.stages.recover.params import RecoverParams, mistakes
-from layerwise.stages.recover.trained import HISTORY, Text, train
+from layerwise.stages.recover.texts import Text
+from layerwise.stages.recover.trained import HISTORY, train
 
 if TYPE_CHECKING:
     from layerwise.stages.models.compressed import CompressedUnit, Document
@@ -119,8 +121,11 @@ def _repaired(
     chosen, misfits = fitting_units(document, recipes, entry, params)
     if entry.scope == "unit":
         levels = repair_units(context, entry, folder, chosen, number, out)
+    elif entry.scope == "parameters":
+        assert text is not None, "parameters name a text where a repair reads one"
+        levels = fit_parameters(context, entry, folder, text, number, out)
     else:
-        assert text is not None, "parameters name a text where a repair trains"
+        assert text is not None, "parameters name a text where a repair reads one"
         levels = train(context, entry, folder, [made.unit.name for made in chosen], text, number, out)
     out.mkdir(exist_ok=True)
     for made in document.units:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.stages.contract import Context, ModelSource, Row
-from layerwise.stages.data.text import Tokens
-from layerwise.stages.models.compressed import BASE, CompressedModel, source_of
+from layerwise.stages.models.compressed import CompressedModel, source_of
+from layerwise.stages.recover.by_parameters import write_base
+from layerwise.stages.recover.texts import Text
 
 if TYPE_CHECKING:
     from layerwise.stages.recover.training import Trainer
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
 
 HISTORY = "recovery.json"
 """In the artifact: of every training its losses, and why it ended."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """One of the workflow's texts, cut into sequences."""
-
-    name: str
-    tokens: Tokens
 
 
 def train(
@@ -158,26 +150,6 @@ def _answer(trainer: Trainer, out: Path, item: tuple[str, int]) -> dict[str, Any
             write_unit(out, unit, [level])
             found[unit] = {"level": level.name, "recipe": dict(level.recipe)}
     return found
-
-
-def write_base(checkpoint: Path, *, workflow: ModelSource, folder: Path, out: Path) -> None:
-    """Write the dense model below with the trained parameters that are no units, out of a training's checkpoint."""
-    import torch
-    from safetensors import safe_open
-
-    from layerwise.stages.models.causal_lm import CausalLM
-    from layerwise.stages.models.checkpoint import Checkpoint
-    from layerwise.stages.transform.folder import Layout
-
-    source = source_of(folder, workflow)
-    network = CausalLM.load(replace(source, dtype="float32", compressed=None, device="cpu"))
-    layout = Layout.of(network, Checkpoint(source.path, source.trust))
-    with safe_open(checkpoint, framework="pt") as file, torch.no_grad():
-        for name in (key.removeprefix("best/") for key in file.keys() if key.startswith("best/")):  # noqa: SIM118
-            network.parameter(name).copy_(file.get_tensor(f"best/{name}"))
-    shutil.rmtree(out / BASE, ignore_errors=True)
-    (out / BASE).mkdir(parents=True)
-    layout.save(network, (), out / BASE)
 
 
 def _write_history(folder: Path, history: Mapping[str, Any], out: Path) -> None:

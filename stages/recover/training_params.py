@@ -47,7 +47,7 @@ class TrainingParams(RepairEntry):
     )
     seed: int = Field(0, ge=0, description="of the order of the sequences and of what starts at random")
 
-    scope: ClassVar[Literal["unit", "model"]] = "model"
+    scope: ClassVar[Literal["unit", "parameters", "model"]] = "model"
 
     @field_validator("loss")
     @classmethod
