@@ -133,6 +133,29 @@ def test_every_repair_works_on_another_device(place: Any, on_cpu: Made, tmp_path
             assert (a - b).abs().max() < 0.05 * a.abs().max(), (repairs, unit)
 
 
+@pytest.mark.parametrize("other_device", [GPU, pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_levels_are_made_again_on_another_device(place: Any, on_cpu: Made, tmp_path: Path, other_device: str) -> None:
+    _, model, texts = place
+    menu = [{"method": "gptq", "bits": [2, 3], "group_size": 8}]
+    levels = Bench(tmp_path, model, texts).run("compress", {"menu": menu}, statistics=on_cpu[0])
+    table = CostTable(DatabaseIndex(levels))
+    in_turn = make_allocation(table, [1 + n % 2 for n in range(len(table.units))], solver="hand", budget={"bits": 9.0})
+    save_allocations(tmp_path, [in_turn])
+    about = []
+    for device in ("cpu", other_device):
+        (tmp_path / device).mkdir()
+        one = Bench(tmp_path / device, replace(model, device=device), texts)
+        params = {"pick": in_turn.candidate, "remake": True, "steps": 1}
+        found = one.run("apply", params, allocations=tmp_path, database=levels)
+        about.append(CompressedModel(found).document.about["remade"])
+    on_it, other = about
+    assert [block["remade"] for block in on_it["blocks"]] == [block["remade"] for block in other["blocks"]]
+    for key in ("before", "after"):
+        found_errors, expected = ([block[key] for block in made["blocks"]] for made in (other, on_it))
+        assert found_errors == pytest.approx(expected, rel=0.05)
+    assert other["kl_before"] == pytest.approx(on_it["kl_before"], rel=0.01)
+
+
 def test_what_is_left_behind_on_the_cpu_is_seen() -> None:
     with pretended_gpu():
         weight = torch.ones(2, 2, device=GPU)
