@@ -111,9 +111,19 @@ def make_folder(path: Path) -> None:
 
 def settle_file(temporary: Path, path: Path) -> None:
     """Give a finished file its name, durably, replacing what was there: for files that somebody else has written."""
+    name_file(temporary, path)
+    note_settled(path)
+
+
+def name_file(temporary: Path, path: Path) -> None:
+    """The same for a file that is of use for a while only, and so is not noted by `settled_files`."""
     _sync(temporary)
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def note_settled(path: Path) -> None:
+    """Note a file that was settled in an earlier attempt as one of this one."""
     for noted in _noting:
         noted.append(path)
 

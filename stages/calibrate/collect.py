@@ -5,16 +5,18 @@ units multiply is measured; the results replace the hidden states, the statistic
 follows. So memory holds the hidden states once and the statistics of one block, whatever the depth. Units that read the
 same tensor (q, k and v) share what is measured of it. Batches come in a fixed order: same bytes every time.
 
-The hidden states wait on the CPU, and go to the network's device batch by batch; statistics add up on the device.
+The hidden states wait on the CPU, or on disk where they do not fit (`hidden.py`), and go to the network's device batch
+by batch; statistics add up on the device. From disk an interrupted shard goes on at the block where it was.
 
 Gradients need the whole model and are taken afterwards, sequence by sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.errors import UsageError
-from layerwise.results.durable import settle_file
+from layerwise.results.durable import note_settled, settle_file
 from layerwise.results.links import unfinished
 from layerwise.stages.calibrate import Statistic, find_statistic
+from layerwise.stages.calibrate.hidden import SPILL_BYTES, Hidden, InMemory, OnDisk
 from layerwise.stages.models.in_blocks import InBlocks
 from layerwise.stages.models.inputs import observed, reading
 from layerwise.stages.models.network import BEGIN, Unit
@@ -80,38 +83,64 @@ def collect(
         UsageError: there are no labels where gradients are needed.
     """
     found = {name: find_statistic(name) for name in statistics}
-    gathered = Gathered()
     hidden_kept = [name for name, statistic in found.items() if statistic.of == "hidden"]
     of_inputs = {name: statistic for name, statistic in found.items() if statistic.of == "inputs"}
     batches = sequences.to(network.device).split(batch_size)
-    before = _Measuring(network, of_inputs, gathered)
-    with observed(network, [unit for unit in units if unit.positions[-1] == BEGIN], before.add):
-        hidden = [network.begin(batch).hidden.cpu() for batch in batches]
-    before.save(folder, BEGIN, shard)
-    for position in range(network.n_blocks + 1):
+    hidden, gathered = _begun(network, batches, folder / "hidden" / str(shard))
+    for position in range(BEGIN, hidden.position):  # found: made before an interruption
+        for name in found:
+            file = statistic_file(folder, name, position, shard)
+            if file.is_file():
+                note_settled(file)
+    measuring = _Measuring(network, of_inputs, gathered)
+    if hidden.position == BEGIN:
+        with observed(network, [unit for unit in units if unit.positions[-1] == BEGIN], measuring.add):
+            first = (network.begin(batch).hidden.cpu() for batch in batches)
+            hidden.advance(first, partial(measuring.save, folder, BEGIN, shard))
+    while True:
+        position = hidden.position
         for name in hidden_kept:
-            _save({"ids": sequences, "hidden": torch.cat(hidden)}, statistic_file(folder, name, position, shard))
+            states = torch.cat(list(hidden.batches()))
+            _save({"ids": sequences, "hidden": states}, statistic_file(folder, name, position, shard))
         members = [unit for unit in units if unit.multiplied and unit.positions[-1] == position]
         measuring = _Measuring(network, of_inputs, gathered)
-        if position < network.n_blocks:
-            with observed(network, members, measuring.add):
-                for number, batch in enumerate(batches):
-                    # Masks and positions are made anew for each block: cheap, and of the hidden states' size if kept.
-                    state = hidden[number].to(network.device)
-                    hidden[number] = network.run_block(position, state, network.begin(batch)).cpu()
-        elif members:
-            _see_the_head(network, members, hidden, batches, measuring)
-        measuring.save(folder, position, shard)
+        if position == network.n_blocks:
+            break
+        network.bring(position)
+        with observed(network, members, measuring.add):
+            # Masks and positions are made anew for each block: cheap, and of the hidden states' size if kept.
+            after = (
+                network.run_block(position, state.to(network.device), network.begin(batch)).cpu()
+                for state, batch in zip(hidden.batches(), batches, strict=True)
+            )
+            hidden.advance(after, partial(measuring.save, folder, position, shard))
+    if members:
+        _see_the_head(network, members, hidden.batches(), batches, measuring)
+    measuring.save(folder, position, shard)
     gradients = {name: statistic for name, statistic in found.items() if statistic.of == "gradients"}
     if gradients:
         _take_gradients(network, units, sequences, labels, gradients, folder, shard)
     return gathered
 
 
+def _begun(network: InBlocks, batches: Sequence[Tensor], folder: Path) -> tuple[Hidden, Gathered]:
+    """The hidden states as they were when the shard was interrupted, or none yet, and what had been gathered.
+
+    Those of a model that is streamed, or that are many, are on disk.
+    """
+    one = network.begin(batches[0][:1]).hidden
+    size_bytes = one.numel() * one.element_size() * sum(map(len, batches))
+    if network.streamed is None and size_bytes <= SPILL_BYTES:
+        return InMemory(), Gathered()
+    kept = OnDisk(folder)
+    found = kept.found()
+    return kept, Gathered() if found is None else Gathered(**found)
+
+
 def _see_the_head(
     network: InBlocks,
     members: Sequence[Unit],
-    hidden: Sequence[Tensor],
+    hidden: Iterable[Tensor],
     batches: Sequence[Tensor],
     measuring: _Measuring,
 ) -> None:
@@ -158,11 +187,12 @@ class _Measuring:
                 measured, totals = statistic.measure(rows), self.totals[name]
                 totals[group] = statistic.merge(totals[group], measured) if group in totals else measured
 
-    def save(self, folder: Path, position: int, shard: int) -> None:
-        """Write what was found of one part of the network."""
+    def save(self, folder: Path, position: int, shard: int) -> Gathered:
+        """Write what was found of one part of the network; gives what is known of all parts so far."""
         for name, tensors in self.totals.items():
             if tensors:
                 _save(tensors, statistic_file(folder, name, position, shard))
+        return self.gathered
 
 
 def group_names(unit: str, groups: int) -> list[str]:

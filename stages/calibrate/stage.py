@@ -134,7 +134,8 @@ def _collect_shard(
     from layerwise.stages.models.network import select_units
     from layerwise.stages.models.survey import survey_model
 
-    network = load_network(model)
+    gradients = any(find_statistic(name).of == "gradients" for name in statistics)  # of the model as a whole
+    network = load_network(model, block_by_block=not gradients)
     units = select_units(network.units, params.targets, params.ignore, network.uncovered)
     sequences = load_sequences(tokens).tensor_split(params.shards)[shard]
     labels = load_labels(tokens)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from layerwise.errors import UnsupportedModel
 from layerwise.kernels.device import require_gpu
 from layerwise.stages.contract import ModelSource
+from layerwise.stages.models import streamed as streaming
 from layerwise.stages.models.in_blocks import InBlocks
 from layerwise.stages.models.network import Unit
+from layerwise.stages.models.streamed import Streamed
 from layerwise.stages.models.trust import loading
 from layerwise.stages.models.units import units_outside
 
@@ -41,8 +43,8 @@ class CausalLM(InBlocks):
 
     only_hidden = "layerwise takes decoder-only models whose blocks pass on nothing but the hidden state"
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, streamed: Streamed | None = None) -> None:
+        super().__init__(model, streamed)
         with suppress(AttributeError, ValueError):  # a family without experts has nothing to set
             self.model.set_experts_implementation("eager")  # type: ignore[operator]  # one by one, so that each is seen
         trial = _trial_ids(model).to(self.device)
@@ -51,9 +53,13 @@ class CausalLM(InBlocks):
         self._take_apart({f"{self.block_path}.{index}": block for index, block in enumerate(blocks)}, trial, whole)
 
     @classmethod
-    def load(cls, source: ModelSource) -> CausalLM:
+    def load(cls, source: ModelSource, *, block_by_block: bool = False) -> CausalLM:
         """Load a local folder, and lay the levels of a compressed model over it, if the source names one.
 
+        Args:
+            source: the model.
+            block_by_block: the blocks are run one after another, and may be read only then (`streamed.py`); a small
+                model, a compressed one and one with code of its own are loaded whole all the same.
         Raises:
             UnsupportedModel: not a causal language model, weights missing, it cannot be taken apart, or it takes code
                 of its own that is not trusted.
@@ -67,6 +73,9 @@ class CausalLM(InBlocks):
             require_gpu()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        network = cls._streamed(source) if block_by_block else None
+        if network is not None:
+            return network
         try:
             with loading(source.path, source.trust) as options:
                 model, info = AutoModelForCausalLM.from_pretrained(
@@ -90,6 +99,26 @@ class CausalLM(InBlocks):
 
             CompressedModel(source.compressed).install(network)
         return network
+
+    @classmethod
+    def _streamed(cls, source: ModelSource) -> CausalLM | None:
+        """A model whose blocks are read when they run; None where it is to be loaded whole."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from layerwise.stages.models.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint(source.path)
+        if source.compressed is not None or source.trust or checkpoint.size_bytes < streaming.STREAM_BYTES:
+            return None
+        try:
+            with loading(source.path, trust=False) as options:
+                config = AutoConfig.from_pretrained(source.path, **options)
+                dtype = getattr(torch, source.dtype)
+                model = streaming.without_weights(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError):
+            return None  # loaded whole, it says what is wrong
+        streamed = streaming.streamed(model, checkpoint, source.device)
+        return None if streamed is None else cls(model, streamed)
 
     # --- finding out what it is made of ---
 

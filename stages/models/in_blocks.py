@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.models.network import BEGIN, Uncovered, Unit
+from layerwise.stages.models.streamed import Streamed
 from layerwise.stages.models.units import Answer, patched, units_of_block
 
 
@@ -51,6 +52,7 @@ class InBlocks(ABC):
 
     Args:
         model: the module; its parts are found by `_take_apart`.
+        streamed: what reads its blocks when they run; None for a model that is loaded whole.
     """
 
     only_hidden = "layerwise takes networks whose blocks pass on nothing but the hidden state"
@@ -60,8 +62,9 @@ class InBlocks(ABC):
     blocks: Sequence[nn.Module]
     n_blocks: int
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, streamed: Streamed | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.streamed = streamed
         self.units: tuple[Unit, ...] = ()
         self.parents: tuple[Unit, ...] = ()
         self.uncovered: tuple[Uncovered, ...] = ()
@@ -240,6 +243,7 @@ class InBlocks(ABC):
     def _answer(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
         """In which form a block answers, from its first call: some give a tuple, and their model unpacks it."""
         block = self.blocks[index]
+        self.bring(index)
         output = type(block).forward(block, hidden, *args, **kwargs)
         answer = Answer.of(output)
         if answer is None:
@@ -247,6 +251,11 @@ class InBlocks(ABC):
                 f"{type(block).__name__} answers with a {type(output).__name__}", hint=self.only_hidden
             )
         return answer
+
+    def bring(self, index: int) -> None:
+        """Make sure that a block has its weights before anybody looks at them; it has them in any case when it runs."""
+        if self.streamed is not None:
+            self.streamed.bring(self.blocks[index])
 
     @torch.no_grad()
     def run_block(self, index: int, hidden: Tensor, stream: Stream) -> Tensor:

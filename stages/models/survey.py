@@ -165,7 +165,7 @@ def survey_model(source: ModelSource, network: InBlocks | None = None) -> dict[s
     from layerwise.stages.models.loading import load_network
 
     if network is None or source.compressed is not None:
-        network = load_network(replace(source, compressed=None, device="cpu"))
+        network = load_network(replace(source, compressed=None, device="cpu"), block_by_block=True)
     survey = take_survey(network, source)
     if source.compressed is not None:
         units = CompressedModel(source.compressed).document.units

@@ -109,6 +109,7 @@ def units_of_block(network: InBlocks, index: int, hidden: Tensor, stream: Stream
         stream: how it is called.
     """
     block, path = network.blocks[index], network.block_names[index]
+    network.bring(index)
     strays = dict(_stray_parameters(block, path))
     uses: dict[str, tuple[View, tuple[int, int]]] = {}
     rows: dict[str, int] = {}

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
+from layerwise.results.durable import settled_files
+from layerwise.stages.calibrate import collect as collect_module
 from layerwise.stages.calibrate import find_statistic
 from layerwise.stages.calibrate.collect import collect, merge, statistic_file
 
@@ -214,3 +216,47 @@ def test_hidden_states_are_held_before_one_block_only(
     gather(lm, tmp_path, units=[unit for unit in lm.units if unit.block is not None], batch_size=1)
     assert len(most) == len(lm.blocks) * len(SEQUENCES)
     assert max(most) <= len(SEQUENCES) + 1, "one state per batch, and the one that just replaces another"
+
+
+class Killed(BaseException):
+    """Ends a shard where nothing is caught."""
+
+
+@pytest.mark.parametrize("statistics", [["hessian", "channels"], ["hessian", "block_inputs"]])
+def test_a_shard_whose_hidden_states_are_on_disk_goes_on_at_the_block_to_the_same_bytes(
+    load_model: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: list[str]
+) -> None:
+    lm = load_model("llama")
+    options: dict[str, Any] = {"statistics": statistics, "shard": 0, "batch_size": 2}
+    in_memory = collect(lm, lm.units, SEQUENCES, tmp_path / "memory", **options)
+    monkeypatch.setattr(collect_module, "SPILL_BYTES", 0)
+    ran: list[int] = []
+    run_block = lm.run_block
+
+    def run(index: int, *args: Any) -> Tensor:
+        if ran.count(index) == 1 and index == 1 and len(ran) == 4:
+            raise Killed  # in the middle of the second block
+        ran.append(index)
+        return run_block(index, *args)
+
+    monkeypatch.setattr(lm, "run_block", run)
+    with pytest.raises(Killed):
+        collect(lm, lm.units, SEQUENCES, tmp_path / "disk", **options)
+    assert ran == [0, 0, 0, 1]
+    ran.clear()
+    with settled_files() as settled:
+        on_disk = collect(lm, lm.units, SEQUENCES, tmp_path / "disk", **options)
+    assert ran == [1, 1, 1, 2, 2, 2]
+    assert on_disk == in_memory
+    written = {
+        file.relative_to(tmp_path / "memory"): file.read_bytes()
+        for file in (tmp_path / "memory").rglob("*.safetensors")
+    }
+    again = {
+        file.relative_to(tmp_path / "disk"): file.read_bytes() for file in (tmp_path / "disk").rglob("*.safetensors")
+    }
+    assert again == written
+    assert {tmp_path / "disk" / file for file in again} == set(settled), (
+        "all are checked when the answer is found again"
+    )
+    assert [file.name for file in (tmp_path / "disk" / "hidden" / "0").glob("*.bin")] == ["hidden-3.bin"]
