@@ -106,7 +106,7 @@ def test_every_stage_works_on_another_device(place: Any, on_cpu: Made, other_dev
 
 SHORT = {"steps": 2, "check_every": 2, "batch_size": 2}
 REPAIRS = [
-    [{"method": "eora", "rank": 2}, {"method": "refit"}, {"method": "svd", "rank": 1}],
+    [{"method": "eora", "rank": 2}, {"method": "refit"}, {"method": "svd", "rank": 1}, {"method": "statistics"}],
     *([{"method": method, **SHORT}] for method in ("perp", "qat", "finetune", "lora")),
 ]
 
