@@ -114,7 +114,7 @@ def _repaired(
 ) -> tuple[Path, Recipes]:
     """One repair made, as a whole model in a folder of its own."""
     from layerwise.stages.levels.files import unit_file
-    from layerwise.stages.models.compressed import BASE, Document, adopt_base
+    from layerwise.stages.models.compressed import BASE, Document
 
     entry, out = params.repairs[number], context.items / f"repair-{number}"
     document = Document.load(folder)
@@ -132,8 +132,9 @@ def _repaired(
         if made.unit.name not in levels:
             _take_over(unit_file(folder, made.unit.name), unit_file(out, made.unit.name))
     _take_over(folder / HISTORY, out / HISTORY)
-    if not (out / BASE).exists():
-        adopt_base(folder / BASE, out / BASE)
+    if entry.of_units:  # else it has written a base of its own
+        for file in sorted((folder / BASE).rglob("*")):
+            _take_over(file, out / BASE / file.relative_to(folder / BASE))
     units = tuple(
         replace(made, level=levels[made.unit.name]["level"]) if made.unit.name in levels else made
         for made in document.units
@@ -149,8 +150,8 @@ def _take_over(file: Path, target: Path) -> None:
     """What a repair has not made anew."""
     from layerwise.stages.models.compressed import link_or_copy
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(file, target)
 
 
