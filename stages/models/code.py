@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def call(name: str) -> Any:
     file, module, function = parts
     with _beside(file):
         try:
-            made = _load(file) if file is not None else import_module(module)
+            made = _load(file) if file is not None else importlib.import_module(module)
         except Exception as error:  # whatever somebody's code raises
             raise UsageError(f"{name} cannot be imported: {_told(error)}") from error
         found: Callable[[], Any] | None = getattr(made, function, None)
@@ -73,15 +73,26 @@ def _load(file: Path) -> Any:
     return module
 
 
+_beside_before: set[str] = set()
+"""Modules that were imported from beside a file of the user's."""
+
+
 @contextmanager
 def _beside(file: Path | None) -> Iterator[None]:
     """Let what stands beside a file be imported for a while."""
     if file is None:
         yield
         return
-    folder = str(file.parent)
+    for name in _beside_before:  # another folder may have a module of the same name, or this one a newer
+        sys.modules.pop(name, None)
+    _beside_before.clear()
+    folder, known = str(file.parent), set(sys.modules)
     sys.path.insert(0, folder)
+    importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path.remove(folder)
+        for name in set(sys.modules) - known:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
+                _beside_before.add(name)

@@ -126,6 +126,14 @@ def test_a_changed_function_is_a_new_key_and_a_comment_is_none(
     assert (run().id != first.id) == changes
 
 
+def test_what_stands_beside_a_function_is_that_of_its_folder_as_it_is_now(run: Callable[..., Run], place: Path) -> None:
+    first = run().sources.data_digests
+    beside = place / "beside.py"
+    beside.write_text(beside.read_text().replace("manual_seed(seed)", "manual_seed(seed + 7)"))
+    second = run().sources.data_digests
+    assert all(first[name] != second[name] for name in ("calibration", "heldout"))
+
+
 def test_code_that_a_workflow_names_is_not_run_without_trust(run: Callable[..., Run], place: Path) -> None:
     (place / "own.py").write_text("raise SystemExit('this code was run')")
     (place / "flow.yaml").write_text(FLOW.replace(", trust: true", ""))
