@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from layerwise import __version__
 from layerwise.pipeline.commands.clusters import manifest, submit
 from layerwise.pipeline.commands.following import logs, runs, status, stop
 from layerwise.pipeline.commands.machine import bench, doctor
@@ -25,12 +26,27 @@ COMMANDS = (
 """In the order of `layerwise --help`."""
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Spend a compression budget layer by layer.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"layerwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    """Spend a compression budget layer by layer."""
+
+
 for command in COMMANDS:
     app.command()(command)
 
@@ -38,7 +54,9 @@ for command in COMMANDS:
 def main() -> None:
     """Entry point: turns what a user can mend into a message and an exit code."""
     from layerwise.errors import LayerwiseError
+    from layerwise.pipeline.encoding import never_fail
 
+    never_fail()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         app()

@@ -64,10 +64,10 @@ def wrong_number(number: float) -> str | None:
 
 
 def read_small(path: Path) -> bytes:
-    """The content of a regular file of at most MAX_BYTES; pipes and devices are not waited for.
+    """The content of a regular file, of a long one MAX_BYTES and one more; pipes and devices are not waited for.
 
     Raises:
-        UsageError: there is no such file, it cannot be read, is none, or is longer.
+        UsageError: there is no such file, it cannot be read, or is none.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -84,12 +84,6 @@ def read_small(path: Path) -> bytes:
         if not stat.S_ISREG(mode):
             raise UsageError(f"{path}: is not a file but a pipe, a socket or a device", hint="write it to a file first")
         with open(handle, "rb", closefd=False) as file:
-            data = file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     finally:
         os.close(handle)
-    if len(data) > MAX_BYTES:
-        raise UsageError(
-            f"{path}: a workflow file has at most {MAX_BYTES:,} bytes, this one is longer",
-            hint="is it a workflow? Long lists belong into the files that it names",
-        )
-    return data

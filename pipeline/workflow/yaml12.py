@@ -19,7 +19,15 @@ from typing import Any, TypeAlias
 import yaml
 
 from layerwise.errors import Mistake, WorkflowError
-from layerwise.pipeline.workflow.limits import MAX_DEPTH, MAX_DIGITS, MAX_VALUES, read_small, wrong_number, wrong_text
+from layerwise.pipeline.workflow.limits import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_DIGITS,
+    MAX_VALUES,
+    read_small,
+    wrong_number,
+    wrong_text,
+)
 
 Scalar: TypeAlias = str | int | float | bool | None
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -178,10 +186,13 @@ def load_file(path: Path, mistakes: list[Mistake] | None = None) -> Tree:
         path: shown in errors as it is given.
         mistakes: where mistakes go that leave the rest readable (a key given twice); without it they are raised.
     Raises:
-        UsageError: there is no such file, it cannot be read, or it is too long.
-        WorkflowError: it is not UTF-8, or not YAML; says where.
+        UsageError: there is no such file, or it cannot be read.
+        WorkflowError: it is too long, not UTF-8, or not YAML; says where.
     """
     data = read_small(path)
+    if len(data) > MAX_BYTES:
+        place = Place(str(path), data.count(b"\n") + 1)
+        raise WorkflowError([place.mistake(f"a workflow file has at most {MAX_BYTES:,} bytes, this one is longer")])
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

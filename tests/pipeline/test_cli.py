@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from layerwise import __version__ as layerwise_version
 from layerwise.pipeline import cli
 
 COMMANDS = ["run", "submit", "manifest", "validate", "schema", "graph", "runs", "status", "logs", "stop", "resume"]
@@ -202,6 +203,48 @@ def test_runs_lists_the_run_and_show_gives_every_unit(layerwise: Layerwise, fini
     assert "heldout" in shown.out
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("command", ["frontier", "runs", "status", "show", "graph", "validate"])
+def test_no_output_ends_a_command_for_want_of_a_character(
+    layerwise: Layerwise, finished: Path, tiny_workflow: Path, tmp_path: Path, encoding: str, command: str
+) -> None:
+    flow = tmp_path / "größe–→.yaml"
+    flow.write_bytes(tiny_workflow.read_bytes())
+    of_file = command in ("graph", "validate")
+    arguments = [flow] if of_file else ["--results", finished]
+    if command == "show":
+        arguments.insert(0, rows(layerwise("frontier", "--format", "csv", "--results", finished).out)[0]["candidate"])
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    line = [sys.executable, "-m", "layerwise", command, *map(str, arguments)]
+    done = subprocess.run(
+        line, capture_output=True, env=environment, cwd=tiny_workflow.parent, timeout=120, check=False
+    )
+    wrong = of_file  # the model is not beside the copy: the message has the file's name
+    assert done.returncode == (2 if wrong else 0), done.stderr
+    text = (done.stderr if wrong else done.stdout).decode(encoding)
+    assert "UnicodeEncodeError" not in text
+    if command == "frontier":
+        assert "------" in text
+    if wrong:
+        assert ("gr\\xf6\\xdfe->" if encoding == "ascii" else "größe->") in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_version_and_the_completion_of_each_shell_are_there(shell: str, layerwise: Layerwise) -> None:
+    assert layerwise("--version").out == f"layerwise {layerwise_version}\n"
+    program = "import sys; sys.argv = ['layerwise']; from layerwise.pipeline.cli import main; main()"
+
+    def asked(**variables: str) -> str:
+        environment = os.environ | {"_LAYERWISE_COMPLETE": f"complete_{shell}"} | variables
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, env=environment, text=True, timeout=120, check=False).stdout
+
+    assert "complete_" + shell in asked(_LAYERWISE_COMPLETE=f"source_{shell}")
+    bash = {"COMP_WORDS": "layerwise re", "COMP_CWORD": "1"}
+    others = {"_TYPER_COMPLETE_ARGS": "layerwise re", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    assert "resume" in asked(**(bash if shell == "bash" else others))
+
+
 def test_a_closed_pipe_is_no_error(finished: Path) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -293,7 +336,7 @@ def test_a_wrong_argument_ends_with_code_2_and_a_message(
         ("data.heldout.tokens=64k", "data.heldout: 64000 tokens asked for, but the text has 1000"),
         ("stages.search.with.budgets={bytes: 60000}", "below the least reachable"),
         ("stages.search.with.budgets={bytes: 600000}", "above the greatest reachable"),
-        ("stages.best.with.pick=bits=7", "pick: 'bits=7' fits no allocation"),
+        ("stages.best.with.pick='00000'", "pick: '00000' fits no allocation"),
     ],
 )
 def test_what_only_running_shows_is_told_as_well_and_loses_nothing(
