@@ -26,6 +26,7 @@ class Allocation:
         sizes: by resource, as people read it (`layerwise.results.resources`); those that were not measured are left
             out.
         kl, perplexity: on the search data; None when not finite.
+        format: of export, in whose files bytes are counted; None for the bytes of the levels themselves.
     """
 
     candidate: str
@@ -36,6 +37,7 @@ class Allocation:
     sizes: dict[str, float]
     kl: float | None = None
     perplexity: float | None = None
+    format: str | None = None
 
 
 def make_allocation(

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from layerwise.solvers import Problem
 from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex
 from layerwise.stages.models.network import named_by
 from layerwise.stages.registry import nearest
+
+if TYPE_CHECKING:
+    from layerwise.stages.export.charges import Charges
 
 Amount = float | str
 """Of a budget: a number as in RESOURCES, or `40%`, a share of the way from the least that is reachable to the greatest.
@@ -64,13 +68,19 @@ class CostTable:
         index: the database.
         times: what its levels take on a machine, if that was measured; with them `ms` is one more resource.
         fixed: level that units must have, by what names them in `targets`; it need not be offered.
+        charges: what a format stores, if bytes are counted in its files: levels that it cannot hold are not offered.
     Raises:
         UnsupportedModel: nothing is named so.
         UsageError: there is no such level, a unit is to have two, or one inside a parent that is to be dropped.
     """
 
     def __init__(
-        self, index: DatabaseIndex, times: Times | None = None, *, fixed: Mapping[str, str] | None = None
+        self,
+        index: DatabaseIndex,
+        times: Times | None = None,
+        *,
+        fixed: Mapping[str, str] | None = None,
+        charges: Charges | None = None,
     ) -> None:
         self.index = index
         self.units = index.units
@@ -79,6 +89,9 @@ class CostTable:
         # Also of levels that are not offered: an allocation may hold them where a unit is not there.
         self.costs = {name: self._table(name) for name in OF_LEVELS if self._is_counted(name)}
         self.rest = {name: index.rest.get(name, 0.0) for name in self.costs if RESOURCES[name].per == "model"}
+        self.refused = {} if charges is None else self._refused(charges)
+        if charges is not None:
+            self._charge(charges)
         if times is not None:
             self.costs["ms"] = np.full(self.shape, np.inf)
             for row, values in enumerate(times.ms):
@@ -100,12 +113,34 @@ class CostTable:
                     table[row, column] = level.costs[resource]
         return table
 
+    def _refused(self, charges: Charges) -> dict[tuple[int, int], str]:
+        """Levels that a format cannot hold, by row and column, and why."""
+        return {
+            (row, column): why
+            for row, unit in enumerate(self.units)
+            for column, level in enumerate(unit.levels)
+            if level.usable and (why := charges.why_not(unit, level)) is not None
+        }
+
+    def _charge(self, charges: Charges) -> None:
+        """Count what a format stores."""
+        self.rest["bytes"] = charges.rest
+        for row, unit in enumerate(self.units):
+            for column, level in enumerate(unit.levels):
+                if level.usable and (row, column) not in self.refused:
+                    charge = charges.charge(unit, level)
+                    self.costs["bytes"][row, column] = charge.size_bytes
+                    self.costs["effective_bits"][row, column] = 8 * charge.values_bytes
+
     @cached_property
     def offered(self) -> NDArray[np.bool_]:
         """(units, levels): whether a search may choose a level."""
         offered = np.zeros(self.shape, dtype=bool)
         for row, unit in enumerate(self.units):
-            offered[row, : len(unit.levels)] = [level.usable and level.offered for level in unit.levels]
+            offered[row, : len(unit.levels)] = [
+                level.usable and level.offered and (row, column) not in self.refused
+                for column, level in enumerate(unit.levels)
+            ]
         for row, column in self.fixed.items():
             offered[row] = False
             offered[row, column] = True
@@ -126,6 +161,11 @@ class CostTable:
                 known = dict.fromkeys(level.name for row in rows for level in self.units[row].levels if level.usable)
                 raise UsageError(f"fixed: {units[0].name} has no level '{name}' ({nearest(name, list(known))})")
             for row, column in having.items():
+                if (row, column) in self.refused:
+                    raise UsageError(
+                        f"fixed: the format cannot hold {name} of {self.units[row].name}: {self.refused[row, column]}",
+                        hint="fix another level, or leave `format` out",
+                    )
                 if found.setdefault(row, column) != column:
                     raise UsageError(f"fixed: {self.units[row].name} is to have two levels, '{name}' is one of them")
         present = self.present([found.get(row, UNCHANGED) for row in range(len(self.units))])
@@ -218,6 +258,12 @@ class CostTable:
         limits = {resource: self._absolute(resource, amount) for resource, amount in budget.items()}
         for unit, offered in zip(self.units, self.offered, strict=True):
             if not offered.any():
+                refused = [why for (row, _), why in self.refused.items() if row == self._rows[unit.name]]
+                if refused:
+                    raise UsageError(
+                        f"the format holds none of the levels of {unit.name}: {refused[-1]}",
+                        hint="offer one that it holds, or the unit as it is (`{method: dense}`), or leave `format` out",
+                    )
                 errors = [level.error for level in unit.levels if level.error]
                 raise NotFinite(
                     f"unit {unit.name} has no level to choose: {errors[0] if errors else 'none is offered'}",

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
 
@@ -29,10 +29,14 @@ from layerwise.stages.allocate.methods import find_search, find_solver, is_searc
 from layerwise.stages.contract import BEFORE, Context, Params, Port, Stage, always
 from layerwise.stages.data.text import tokenized
 from layerwise.stages.evaluate.scoring import Request, Score, evaluator_factory, perplexity, score
+from layerwise.stages.export import HELD, held_names
 from layerwise.stages.levels.database import DatabaseIndex
 from layerwise.stages.models.selection import valid_patterns
 from layerwise.stages.quantities import Count
 from layerwise.stages.registry import nearest
+
+if TYPE_CHECKING:
+    from layerwise.stages.export.charges import Charges
 
 
 def _known_resource(name: str) -> str:
@@ -78,6 +82,8 @@ SETTINGS = {
     "tokens_per_ask": "tokens_per_ask",
 }
 """Parameters that only some searches read, and the argument that each becomes where a search has it."""
+FORMAT_SETTINGS = ("any_bits", "asymmetric")
+"""Parameters that say what a format may hold."""
 STOP_RULES = {"evaluations": "evaluations", "patience": "patience", "max_tokens": "tokens"}
 """Parameters that end a search, and the rule of `Stop` that each becomes."""
 
@@ -109,6 +115,14 @@ class AllocateParams(Params):
         description="levels that units must have, by name, kind or re:<pattern> as in `targets` ({head: dense}); they "
         "need not be offered",
     )
+    format: str | None = Field(
+        None,
+        description="count bytes as the weight files of that format of `export` take them, headers included, and offer "
+        "no level that it cannot hold; without it, as levels are encoded, which is what `native` stores",
+        json_schema_extra={"examples": list(HELD)},
+    )
+    any_bits: bool = Field(False, description="of `format: compressed_tensors`: as of `export`")
+    asymmetric: bool = Field(False, description="of `format: compressed_tensors`: as of `export`")
     data: str = Field("calibration", description="the text to search on, by its name in the workflow's data section")
     seed: int = Field(0, ge=0, description="of a search")
     batch_tokens: Count = Field(2048, description="tokens that run at a time")
@@ -146,6 +160,16 @@ class AllocateParams(Params):
             raise ValueError(f"{count:,} combinations of budgets are too many: at most {MOST_BUDGETS:,}")
         return budgets
 
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str | None) -> str | None:
+        if value is None or value == "native":
+            return None
+        value = value.replace("-", "_")
+        if value not in held_names():
+            raise ValueError(f"'{value}' is no format with known sizes ({nearest(value, held_names())})")
+        return value
+
     @field_validator("preset")
     @classmethod
     def _known_preset(cls, value: str | None) -> str | None:
@@ -155,9 +179,10 @@ class AllocateParams(Params):
 
     def material(self) -> dict[str, Any]:
         """Without what the solver does not read: another seed does not change an ILP."""
+        idle = set() if self.format else {"format", *FORMAT_SETTINGS}
         if not is_search(self.solver):
-            return self.model_dump(mode="json", exclude={"seed", "start", "fitness", *SETTINGS, *STOP_RULES})
-        material = self.model_dump(mode="json", exclude=set(SETTINGS) - set(read_by(self.solver)))
+            return self.model_dump(mode="json", exclude={"seed", "start", "fitness", *SETTINGS, *STOP_RULES, *idle})
+        material = self.model_dump(mode="json", exclude={*SETTINGS, *idle} - set(read_by(self.solver)))
         return material | ({"preset": asdict(PRESETS[self.preset])} if material.get("preset") and self.preset else {})
 
     def sources(self) -> Iterable[str]:
@@ -242,7 +267,8 @@ def allocate(context: Context, params: AllocateParams) -> None:
     """
     index = DatabaseIndex(context.input("database"))
     times = [load_times(folder, index) for folder in context.inputs["latency"]]
-    table = CostTable(index, *times, fixed=params.fixed)
+    charges = _charges(context, params, index)
+    table = CostTable(index, *times, fixed=params.fixed, charges=charges)
     losses, profile_tokens = _profiled_losses(context, params, index)
     tie = params.tie == "fused"
     problems = {}
@@ -270,11 +296,22 @@ def allocate(context: Context, params: AllocateParams) -> None:
         scores = score(pool, Request(genomes, metrics), workers=context.executor.workers, note="allocations")
     rows, allocations = [], []
     for (unmeasured, solution, effort), measured in zip(found, scores, strict=True):
-        allocation = replace(unmeasured, kl=measured["kl"]["mean"], perplexity=_perplexity(measured))
+        quality = {"kl": measured["kl"]["mean"], "perplexity": _perplexity(measured)}
+        allocation = replace(unmeasured, **quality, format=params.format)
         allocations.append(allocation)
         rows.append(_row(allocation, solution) | effort | {"profile_tokens": profile_tokens})
     save_allocations(context.out, allocations)
     context.record("allocations", rows)
+
+
+def _charges(context: Context, params: AllocateParams, index: DatabaseIndex) -> Charges | None:
+    """What the format stores, if bytes are counted in its files."""
+    if params.format is None:
+        return None
+    from layerwise.stages.export.charges import Charges
+
+    settings = params.model_dump(include=set(FORMAT_SETTINGS))
+    return Charges(params.format, settings, index, index.model(context.model))
 
 
 def _perplexity(measured: Score) -> float | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from layerwise.stages.registry import lookup, names
 
 if TYPE_CHECKING:
+    from layerwise.stages.export.held import Held
     from layerwise.stages.models.checkpoint import Checkpoint
 
 FORMATS = {
@@ -30,7 +31,17 @@ FORMATS = {
     "native": "layerwise.stages.export.native:native",
 }
 
+HELD = {
+    "compressed_tensors": "layerwise.stages.export.compressed_tensors:held",
+    "dense": "layerwise.stages.export.dense:held",
+    "gptq": "layerwise.stages.export.gptq:held",
+    "gptq_v2": "layerwise.stages.export.gptq:held_v2",
+}
+"""Of formats that `allocate` can count a budget in: a function of some of their settings that gives a `held.Held`.
+`native` stores levels as a database does, which is what is counted without a format."""
+
 FORMAT_GROUP = "layerwise.formats"
+HELD_GROUP = "layerwise.formats.held"
 
 Write = Callable[..., None]
 
@@ -54,6 +65,22 @@ def options_of(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some settings that the format of that name has an argument for."""
     arguments = inspect.signature(find_format(name)).parameters
     return {key: value for key, value in settings.items() if key in arguments}
+
+
+def held_names() -> list[str]:
+    """Every format that a budget can be counted in."""
+    return names(HELD, HELD_GROUP)
+
+
+def find_held(name: str, settings: Mapping[str, Any]) -> Held:
+    """What a format can hold, with those of some settings that it reads.
+
+    Raises:
+        UsageError: it does not say.
+    """
+    make: Callable[..., Held] = lookup(name, HELD, group=HELD_GROUP, kind="format with known sizes")
+    arguments = inspect.signature(make).parameters
+    return make(**{key: value for key, value in settings.items() if key in arguments})
 
 
 def copy_beside(checkpoint: Checkpoint, out: Path) -> None:

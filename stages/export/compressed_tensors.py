@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.stages.contract import ModelSource
+from layerwise.stages.export.held import PACKED
 from layerwise.stages.export.packed_folder import (
-    PACKED,
     PackedFormat,
     Scheme,
     equal_groups,
@@ -39,7 +39,7 @@ from layerwise.stages.export.packed_folder import (
     why_not_packed,
     write_packed,
 )
-from layerwise.stages.export.shards import SHARD_BYTES
+from layerwise.stages.export.shards import SHARD_BYTES, Layout
 from layerwise.stages.models.network import Unit
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def compressed_tensors(
 def held(*, any_bits: bool = False, asymmetric: bool = False) -> PackedFormat:
     """The format with these settings."""
     refuse = partial(why_not, any_bits=any_bits, asymmetric=asymmetric)
-    return PackedFormat("compressed-tensors", refuse, size_bytes, packed_tensors, _configure)
+    return PackedFormat("compressed-tensors", refuse, layout, packed_tensors, _configure)
 
 
 # --- what it can hold, and at what size -------------------------------------------------------------------------------
@@ -99,13 +99,19 @@ def why_not(unit: Unit, recipe: Mapping[str, Any], *, any_bits: bool = False, as
     return first_that_holds(reasons)
 
 
-def size_bytes(unit: Unit, recipe: Mapping[str, Any]) -> int:
-    """Bytes of the tensors that a packed level becomes."""
+def layout(unit: Unit, recipe: Mapping[str, Any]) -> Layout:
+    """The tensors that a packed level becomes, by the ends of their names."""
     rows, columns = unit.shape
     bits: int = recipe["bits"]
     groups = columns // group_size(recipe, columns)
-    zeros = 0 if recipe["sym"] else -(-rows * bits // 32) * groups * 4
-    return rows * -(-columns * bits // 32) * 4 + rows * groups * 2 + 16 + zeros
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight_packed": ("I32", (rows, -(-columns * bits // 32))),
+        "weight_scale": ("F16", (rows, groups)),
+        "weight_shape": ("I64", (2,)),
+    }
+    if not recipe["sym"]:
+        found["weight_zero_point"] = ("I32", (-(-rows * bits // 32), groups))
+    return found
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

@@ -12,9 +12,12 @@ from pathlib import Path
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.export import copy_beside
+from layerwise.stages.export.held import Held, Recipe
+from layerwise.stages.export.shards import write_file
 from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.compressed import CompressedModel
 from layerwise.stages.models.folder import INDEX
+from layerwise.stages.models.network import Unit
 
 
 def dense(source: ModelSource, out: Path) -> None:
@@ -39,10 +42,19 @@ def dense(source: ModelSource, out: Path) -> None:
         _write_file(file, checkpoint, model, out)
 
 
+def held() -> Held:
+    """What a dense folder can hold."""
+    return Held("dense", why_not, None)
+
+
+def why_not(unit: Unit, recipe: Recipe) -> str | None:
+    """Why a dense folder cannot hold a level; None if it can."""
+    return "a dense folder has every block whole" if recipe["encoding"] == "drop" else None
+
+
 def _write_file(file: Path, checkpoint: Checkpoint, model: CompressedModel | None, out: Path) -> None:
     """One weight file with the same tensors, the units' replaced."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     with safe_open(file, framework="pt") as stored_file:
         tensors = {tensor: stored_file.get_tensor(tensor) for tensor in sorted(stored_file.keys())}
@@ -56,4 +68,4 @@ def _write_file(file: Path, checkpoint: Checkpoint, model: CompressedModel | Non
                 view.write(tensors[view.tensor], piece)
     target = out / checkpoint.place_of(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file({tensor: value.contiguous() for tensor, value in tensors.items()}, target, metadata=metadata)
+    write_file(tensors, target, metadata)

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from layerwise import __version__
 from layerwise.stages.contract import ModelSource
+from layerwise.stages.export.held import PACKED
 from layerwise.stages.export.packed_folder import (
-    PACKED,
     PackedFormat,
     Scheme,
     equal_groups,
@@ -41,7 +41,7 @@ from layerwise.stages.export.packed_folder import (
     why_not_packed,
     write_packed,
 )
-from layerwise.stages.export.shards import SHARD_BYTES
+from layerwise.stages.export.shards import SHARD_BYTES, Layout
 from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.network import Unit
 
@@ -76,17 +76,26 @@ def gptq_v2(source: ModelSource, out: Path, *, shard_bytes: int = SHARD_BYTES) -
 
 
 def _write(source: ModelSource, out: Path, *, version: int, shard_bytes: int) -> None:
-    config = write_packed(source, out, held(version=version), shard_bytes=shard_bytes)
+    config = write_packed(source, out, _held(version), shard_bytes=shard_bytes)
     if config:
         (out / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def held(*, version: int) -> PackedFormat:
-    """The format in a version, 1 or 2."""
+def held() -> PackedFormat:
+    """`gptq`."""
+    return _held(1)
+
+
+def held_v2() -> PackedFormat:
+    """`gptq_v2`."""
+    return _held(2)
+
+
+def _held(version: int) -> PackedFormat:
     return PackedFormat(
         "gptq" if version == 1 else "gptq_v2",
         partial(why_not, version=version),
-        size_bytes,
+        layout,
         partial(packed_tensors, version=version),
         partial(_configure, version=version),
     )
@@ -124,13 +133,17 @@ def why_not(unit: Unit, recipe: Mapping[str, Any], *, version: int = 1) -> str |
     return first_that_holds(reasons)
 
 
-def size_bytes(unit: Unit, recipe: Mapping[str, Any]) -> int:
-    """Bytes of the tensors that a packed level becomes."""
+def layout(unit: Unit, recipe: Mapping[str, Any]) -> Layout:
+    """The tensors that a packed level becomes, by the ends of their names."""
     rows, columns = unit.shape
     bits: int = recipe["bits"]
     groups = columns // group_size(recipe, columns)
-    words = columns * bits // 32 * rows + groups * rows * bits // 32 + columns
-    return words * 4 + groups * rows * 2
+    return {
+        "qweight": ("I32", (columns * bits // 32, rows)),
+        "qzeros": ("I32", (groups, rows * bits // 32)),
+        "scales": ("F16", (groups, rows)),
+        "g_idx": ("I32", (columns,)),
+    }
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.export import copy_beside
-from layerwise.stages.export.shards import Part, write_shards
+from layerwise.stages.export.held import PACKED, Held, Recipe
+from layerwise.stages.export.shards import Layout, Part, write_shards
 from layerwise.stages.levels.masked_grid import whole_grid
 from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.compressed import CompressedModel, CompressedUnit
@@ -29,11 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerwise.stages.levels.level import Level
-
-PACKED = ("grid", "masked_grid")
-"""Encodings that are written packed; `dense` and `mask` are written dense, and others not at all."""
-
-Recipe = Mapping[str, Any]
+    from layerwise.stages.models.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -59,20 +56,14 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class PackedFormat:
-    """A format.
+class PackedFormat(Held):
+    """A format that is written here.
 
     Args:
-        name: as its users write it.
-        why_not: why it cannot hold a level; None if it can.
-        size_bytes: of the tensors that a packed level becomes.
-        tensors: those tensors, by the ends of their names.
+        tensors: of a packed level, as `layout` has them.
         configure: `quantization_config`, from the scheme of every packed module and the model.
     """
 
-    name: str
-    why_not: Callable[[Unit, Recipe], str | None]
-    size_bytes: Callable[[Unit, Recipe], int]
     tensors: Callable[[Level], Mapping[str, Tensor]]
     configure: Callable[[Mapping[str, Scheme], ModelSource], dict[str, Any]]
 
@@ -104,10 +95,12 @@ def write_packed(source: ModelSource, out: Path, form: PackedFormat, *, shard_by
     for entry in entries:
         assert entry.stored is not None and model is not None
         if entry.unit.name in schemes:
-            module = entry.stored.parts[0].tensor.removesuffix(".weight")
+            module = module_of(entry.stored)
             modules[module] = schemes[entry.unit.name]
             read = partial(_packed, model, entry.unit.name, module, form)
-            parts.append(Part(f"{module}.weight", form.size_bytes(entry.unit, recipes[entry.unit.name]), read))
+            assert form.layout is not None
+            layout = named_layout(module, form.layout(entry.unit, recipes[entry.unit.name]))
+            parts.append(Part(f"{module}.weight", layout, read))
             replaced |= {view.tensor for view in entry.stored.places}
         else:
             for view in entry.stored.places:
@@ -115,7 +108,7 @@ def write_packed(source: ModelSource, out: Path, form: PackedFormat, *, shard_by
     for name in checkpoint.headers:
         if name not in replaced:
             read_dense = partial(_dense, name, checkpoint, model, tuple(written[name]))
-            parts.append(Part(name, checkpoint.tensor_bytes(name), read_dense))
+            parts.append(Part(name, {name: checkpoint.headers[name][1:]}, read_dense))
     copy_beside(checkpoint, out)
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     quantization = form.configure(modules, source) if modules else {}
@@ -201,7 +194,7 @@ def _check_held(entries: Iterable[CompressedUnit], recipes: Mapping[str, Recipe]
         unit, level, why = refused[0]
         raise UnsupportedModel(
             f"{form.name} cannot hold {len(refused)} of the levels, the first is {level} of {unit}: {why}",
-            hint="offer levels that it holds in the menu of `compress`",
+            hint=f"say `format: {form.name.replace('-', '_')}` in `allocate`, too: then such levels are not offered",
         )
 
 
@@ -227,6 +220,16 @@ def _check_fused(units: Iterable[Unit], schemes: Mapping[str, Scheme]) -> None:
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def module_of(stored: Stored) -> str:
+    """The module that a packed weight belongs to, as the checkpoint calls it."""
+    return stored.parts[0].tensor.removesuffix(".weight")
+
+
+def named_layout(module: str, layout: Layout) -> Layout:
+    """A layout by whole names."""
+    return {f"{module}.{name}": entry for name, entry in layout.items()}
 
 
 def _packed(model: CompressedModel, unit: str, module: str, form: PackedFormat) -> dict[str, Tensor]:

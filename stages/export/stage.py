@@ -66,7 +66,16 @@ def export(context: Context, params: ExportParams) -> None:
     write = partial(_write, format_=params.format, options=params.options, out=context.out)
     context.executor.map(write, [source_of(model, context.model)], note="models")
     about = dict(Document.load(model).about)
+    about["weight_files"] = _sizes(context.out, params.format, about.get("allocation"))
     (context.out / "layerwise.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def _sizes(out: Path, format_: str, allocation: Mapping[str, Any] | None) -> dict[str, int]:
+    """Bytes of the weight files, and what was predicted, if bytes were counted in this format."""
+    sizes = {"bytes": sum(file.stat().st_size for file in out.rglob("*.safetensors"))}
+    if allocation is not None and allocation.get("format") == format_:
+        sizes["predicted_bytes"] = allocation["sizes"]["bytes"]
+    return sizes
 
 
 def _write(source: ModelSource, *, format_: str, options: Mapping[str, Any], out: Path) -> None:

@@ -114,6 +114,15 @@ class Checkpoint:
             return tensor[0]
 
 
+def read_metadata(file: Path) -> dict[str, str] | None:
+    """What the header of a safetensors file says of the file; it can be read."""
+    with file.open("rb") as stream:
+        metadata: dict[str, str] | None = json.loads(stream.read(int.from_bytes(stream.read(8), "little"))).get(
+            "__metadata__"
+        )
+    return metadata
+
+
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, dtypes and shapes in a safetensors file, from its header alone.
 

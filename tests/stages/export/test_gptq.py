@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
-from layerwise.stages.export.gptq import packed_tensors, size_bytes, why_not
+from layerwise.stages.export.gptq import layout, packed_tensors, why_not
+from layerwise.stages.export.shards import layout_of
 from layerwise.stages.levels.database import Database
 from layerwise.stages.levels.grid import grid_level
 
@@ -130,7 +131,7 @@ def test_what_a_reader_makes_of_the_folder_is_the_decoded_model(
         assert torch.equal(weight, database.level(module, level).decode()), module
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{module}.q")}
         own |= {name: tensors[name] for name in (f"{module}.scales", f"{module}.g_idx")}
-        assert sum(tensor.nbytes for tensor in own.values()) == size_bytes(unit.unit, recipe)
+        assert layout_of(own) == {f"{module}.{name}": entry for name, entry in layout(unit.unit, recipe).items()}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in own} | {f"{module}.weight": weight}
         packed.add(module)
         fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}.get(module.rpartition(".")[2])
