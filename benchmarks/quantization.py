@@ -104,10 +104,11 @@ class Made:
     Args:
         model: of it.
         work: a folder with the lines of earlier calls, in which those of this one are kept.
+        kept_only: measure nothing.
     """
 
-    def __init__(self, model: Calibrated, work: Path) -> None:
-        self.model = model
+    def __init__(self, model: Calibrated, work: Path, kept_only: bool = False) -> None:
+        self.model, self.kept_only = model, kept_only
         self._file = work / f"{model.name.replace(' ', '-')}.json"
         self._lines: dict[str, str] = json.loads(self._file.read_text("utf-8")) if self._file.is_file() else {}
         self._levels: dict[str, tuple[dict[str, Levels], float]] = {}
@@ -121,12 +122,12 @@ class Made:
         return self._levels[key]
 
     def line(self, key: str, measure: Callable[[], str]) -> str:
-        """A line of a table, read if it was measured before; empty for what cannot be."""
-        if key not in self._lines:
+        """A line of a table, read if it was measured before; empty for what cannot be, or was not."""
+        if key not in self._lines and not self.kept_only:
             self._lines[key] = measure()
             self._file.write_text(json.dumps(self._lines, indent=1), encoding="utf-8")
             print(self.model.name, self._lines[key], flush=True)
-        return self._lines[key]
+        return self._lines.get(key, "")
 
 
 def _figures(scored: Scored) -> str:
@@ -145,7 +146,9 @@ def uniform(made: Made, entries: Sequence[Entry]) -> Iterator[str]:
                 figures, size = _figures(model.score(levels[name])), effective_bits(levels[name])
                 return f"| {entry.method} | {entry.label} | {bits:g} | {size:.2f} | {figures} | {each:.1f} |"
 
-            yield made.line(f"uniform {name}", measure)
+            line = made.line(f"uniform {name}", measure)
+            if line:
+                yield line
 
 
 def searched(made: Made, menus: Mapping[str, Sequence[Entry]]) -> Iterator[str]:
@@ -178,8 +181,9 @@ def searched(made: Made, menus: Mapping[str, Sequence[Entry]]) -> Iterator[str]:
                 yield line
 
 
-def beside(model: Calibrated, work: Path) -> Iterator[str]:
+def beside(made: Made, work: Path) -> Iterator[str]:
     """Other people's own programs on the same tokens: uniform, asymmetric, every layer with compressed inputs."""
+    model = made.model
 
     def by_auto_round(bits: int) -> Any:
         return auto_round(work, model.network, bits, False, dense_inputs=False, folder=model.folder, ids=model.ids)
@@ -194,6 +198,8 @@ def beside(model: Calibrated, work: Path) -> Iterator[str]:
     ):
         for bits in (2, 3, 4):
             key = f"{model.name.replace(' ', '-')}-{make.__name__[3:]}-{bits}"
+            if made.kept_only and not (work / f"{key}.json").is_file():
+                continue
             row = measured(work, key, model.network, model.heldout, partial(make, bits))
             size = bits + (16 + bits) * groups / model.n_weights
             figures = _figures(Scored(row["kl"], row["stderr"], row["perplexity"]))
@@ -226,23 +232,24 @@ def together(size: int, repeats: int) -> list[str]:
     return lines
 
 
-def _sections(model: Calibrated, entries: Sequence[Entry], work: Path, peers: Path | None) -> Iterator[str]:
-    made = Made(model, work)
+def _sections(made: Made, entries: Sequence[Entry], peers: Path | None) -> Iterator[str]:
+    model = made.model
     yield from (f"## {model.name[0].upper()}{model.name[1:]}", "")
     yield from ("| method | what | bits | effective bits | KL | ppl | s/M |", "|---|---|---|---|---|---|---|")
     yield from uniform(made, entries)
     if peers is not None and all(unit.shape[1] % 32 == 0 for unit in model.network.units if unit.block is not None):
-        yield from beside(model, peers)
+        yield from beside(made, peers)
     methods = {entry.method for entry in entries}
     menus = {name: menu for name, menu in MENUS.items() if {entry.method for entry in menu} <= methods}
-    if menus:
+    found = list(searched(made, menus))
+    if found:
         yield from ("", f"After `branch`, from the KL of each level alone on {ALONE} calibration tokens:", "")
         yield (
             "| menu | budget | effective bits | KL | ppl | KL, made again | ppl, made again | KL, with steps | "
             "ppl, with steps |"
         )
         yield "|---|---|---|---|---|---|---|---|---|"
-        yield from searched(made, menus)
+        yield from found
     yield ""
 
 
@@ -252,6 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="lines that stand in this folder are not measured again"
     )
+    parser.add_argument("--kept-only", action="store_true", help="write the page of what stands there; measure nothing")
     parser.add_argument("--small", type=Path, help="a model of `small_llama.py`")
     parser.add_argument("--peers", type=Path, help="run peers, too; environments and results stand in this folder")
     parser.add_argument("--methods", nargs="*", default=sorted({entry.method for entry in ENTRIES}))
@@ -284,10 +292,12 @@ def main() -> None:
         "them for stories260k",
         "",
     ]
+    if given.kept_only:
+        lines.insert(-1, "- written with `--kept-only`: what has no row, or no s/M, was not measured")
     page = HERE / "results" / "quantization.md"
     for name, folder, texts in models:
         model = Calibrated(name, folder, texts, length=LENGTH, tokens=TOKENS)
-        lines += _sections(model, entries, given.work, given.peers)
+        lines += _sections(Made(model, given.work, given.kept_only), entries, given.peers)
         page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     if given.size:
         lines += [f"## 2, 3, 4, 5, 6 and 8 bits of one {given.size} x {given.size} layer, over one of them alone", ""]

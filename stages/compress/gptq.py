@@ -12,8 +12,12 @@ Three differences from the published code, none in the method:
   two, where groups are small; with the grids that are the default here it never was.
 - If the factorisation fails, damping rises in steps of 0.01, as GPTQModel does it; the recipe keeps what was used.
 
-The defaults (static order, grids by Hessian-weighted search) are those of `benchmarks/results/quantization.md`. Inputs
-of the already compressed block: `gptq_sequential`.
+The defaults (static order, grids by Hessian-weighted search, symmetric) are those of
+`benchmarks/results/quantization.md`: with grids that are searched for, zero points are not worth their bytes there.
+Groups of 16 under 4-bit scales take hardly more bytes than groups of 64 under float16 scales and err less (on the demo
+model 2.35 and 2.25 bits, KL 0.289 and 0.405), but fewer exports can write them.
+
+Inputs of the already compressed block: `gptq_sequential`; of all blocks before: `apply` with `remake`.
 """
 
 from __future__ import annotations
