@@ -1,19 +1,21 @@
 """`dense`: decoded weights in the checkpoint's own names, dtypes and files.
 
-Loads anywhere and gives the quality of the compressed model at the size of the dense one. A model with dropped parts is
-refused: a dense folder cannot say that. Of each file one weight is held decoded at a time beside the file's own.
+Loads anywhere and gives the quality of the compressed model at the size of the dense one. A model with dropped blocks
+becomes a smaller one (`shorter.py`); dropped half-blocks are refused. Of each file one weight is held decoded at a time
+beside the file's own.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
-from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.export import copy_beside
 from layerwise.stages.export.held import Held, Recipe
 from layerwise.stages.export.shards import write_file
+from layerwise.stages.export.shorter import Shorter, shorter, write_config
 from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.compressed import CompressedModel
 from layerwise.stages.models.folder import INDEX
@@ -24,22 +26,31 @@ def dense(source: ModelSource, out: Path) -> None:
     """Write the folder.
 
     Raises:
-        UnsupportedModel: parts of the model are dropped.
+        UnsupportedModel: half-blocks are dropped, or the configuration cannot say which blocks are.
     """
     model = None if source.compressed is None else CompressedModel(source.compressed)
-    dropped = [] if model is None else [entry.unit.name for entry in model.document.units if entry.unit.is_parent]
-    if dropped:
-        raise UnsupportedModel(
-            f"a dense folder has every block whole, but {len(dropped)} parts of this model are dropped, the first is "
-            f"{dropped[0]}",
-            hint="export it with `format: native`, or an allocation without dropped parts",
-        )
+    left = shorter([] if model is None else [entry.unit for entry in model.document.units if entry.unit.is_parent])
     checkpoint = Checkpoint(source.path, source.trust)
     copy_beside(checkpoint, out)
-    if checkpoint.contents.index is not None:
+    if left.gone:
+        shapes = {name: header[2] for name, header in checkpoint.headers.items()}
+        write_config(source, out, left, {new: shapes[name] for name in shapes if (new := left.name(name))})
+        _write_index(checkpoint, out, left)
+    elif checkpoint.contents.index is not None:
         shutil.copyfile(checkpoint.contents.index, out / INDEX)
     for file in checkpoint.files:
-        _write_file(file, checkpoint, model, out)
+        _write_file(file, checkpoint, model, out, left)
+
+
+def _write_index(checkpoint: Checkpoint, out: Path, left: Shorter) -> None:
+    """The index of the weight files, where the model has one, by the new names."""
+    if checkpoint.contents.index is None:
+        return
+    kept = {name: new for name in checkpoint.headers if (new := left.name(name))}
+    places = {new: checkpoint.place_of(checkpoint.headers[name][0]).as_posix() for name, new in kept.items()}
+    size = sum(checkpoint.tensor_bytes(name) for name in kept)
+    document = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    (out / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def held() -> Held:
@@ -48,12 +59,12 @@ def held() -> Held:
 
 
 def why_not(unit: Unit, recipe: Recipe) -> str | None:
-    """Why a dense folder cannot hold a level; None if it can."""
-    return "a dense folder has every block whole" if recipe["encoding"] == "drop" else None
+    """Why a budget in dense files has no place for a level; None if it has."""
+    return "the files of a smaller model are not counted" if recipe["encoding"] == "drop" else None
 
 
-def _write_file(file: Path, checkpoint: Checkpoint, model: CompressedModel | None, out: Path) -> None:
-    """One weight file with the same tensors, the units' replaced."""
+def _write_file(file: Path, checkpoint: Checkpoint, model: CompressedModel | None, out: Path, left: Shorter) -> None:
+    """One weight file with the same tensors, the units' replaced; none if nothing of it is left."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as stored_file:
@@ -66,6 +77,9 @@ def _write_file(file: Path, checkpoint: Checkpoint, model: CompressedModel | Non
         for view, piece in stored.pieces(model.level(entry.unit.name).decode(), checkpoint):
             if view.tensor in tensors:
                 view.write(tensors[view.tensor], piece)
+    renamed = {new: tensor for name, tensor in tensors.items() if (new := left.name(name))}
+    if not renamed:
+        return
     target = out / checkpoint.place_of(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(tensors, target, metadata)
+    write_file(renamed, target, metadata)
