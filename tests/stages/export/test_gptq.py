@@ -155,6 +155,7 @@ def test_gptqmodel_loads_the_folder_and_says_what_the_decoded_model_says(
     made: Callable[..., Any], format_: str
 ) -> None:
     from gptqmodel import BACKEND, GPTQModel
+    from transformers import AutoTokenizer
 
     from layerwise.stages.models.causal_lm import CausalLM
 
@@ -164,6 +165,9 @@ def test_gptqmodel_loads_the_folder_and_says_what_the_decoded_model_says(
 
     bench, applied = made("llama", choose)
     out = bench.run("export", {"format": format_}, model=applied.out).out
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer.pad_token = "!"  # it wants one
+    tokenizer.save_pretrained(out)
     model = GPTQModel.load(str(out), device="cpu", backend=BACKEND.GPTQ_TORCH)
     dtype = next(model.model.parameters()).dtype
     with torch.no_grad():
