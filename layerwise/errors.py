@@ -70,6 +70,11 @@ class UsageError(LayerwiseError):
     exit_code = 2
 
 
+def readable(amount: float) -> str:
+    """An amount for people: 123,456,789 and not 1.23457e+08."""
+    return f"{amount:.6g}" if abs(amount) < 1e6 else f"{amount:,.0f}"
+
+
 class InfeasibleBudget(LayerwiseError):
     """No allocation keeps within the budget.
 
@@ -83,13 +88,14 @@ class InfeasibleBudget(LayerwiseError):
 
     def __init__(self, resource: str, budget: float, reachable: float, message: str | None = None) -> None:
         self.resource, self.budget, self.reachable = resource, budget, reachable
-        wanted, hint = f"budget {budget:.6g} {resource}", "raise the budget or add a smaller level to the menu"
+        wanted, hint = f"budget {readable(budget)} {resource}", "raise the budget or add a smaller level to the menu"
         if resource == "ms":
             hint = "raise the budget or add a faster level to the menu"
         if resource == "loss":
-            wanted, hint = f"max_loss {budget:.6g}", "raise max_loss or add a better level to the menu"
+            wanted, hint = f"max_loss {readable(budget)}", "raise max_loss or add a better level to the menu"
         super().__init__(
-            message or f"{wanted} is below the least reachable {reachable:.6g} (short by {reachable - budget:.6g})",
+            message
+            or f"{wanted} is below the least reachable {readable(reachable)} (short by {readable(reachable - budget)})",
             hint,
         )
 

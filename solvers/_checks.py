@@ -215,6 +215,9 @@ def budgets(given: Any, costs: Mapping[str, object]) -> dict[str, float]:
     for resource, budget in given.items():
         if resource not in costs:
             raise InvalidProblem(f"budget for {resource}, but costs are known for {', '.join(costs)} only")
+        if isinstance(budget, bool) or not isinstance(budget, int | float | np.integer | np.floating):
+            hint = f"give it in the unit of the costs, as in budgets={{{resource!r}: 90e6}}"
+            raise InvalidProblem(f"the {resource} budget is no number but {budget!r}", hint=hint)
         if math.isnan(budget):
             raise InvalidProblem(f"the {resource} budget is NaN")
     return {resource: float(budget) for resource, budget in given.items()}

@@ -127,8 +127,10 @@ def _execute(prepared: Run, executor: str, *, address: str | None, wait: bool = 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """End in good order on SIGTERM and Ctrl-C, and say how to go on."""
+    """End in good order on SIGTERM, Ctrl-C and a closed terminal, and say how to go on."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` has it ignored
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         yield
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from layerwise.errors import InfeasibleBudget, NotFinite, UsageError
+from layerwise.errors import InfeasibleBudget, NotFinite, UsageError, readable
 from layerwise.results.resources import OF_LEVELS, RESOURCES
 from layerwise.solvers import Problem
 from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex
@@ -246,8 +246,8 @@ class CostTable:
         Raises:
             InfeasibleBudget: below the least reachable.
             NotFinite: none of the levels of a unit could be made.
-            UsageError: above the greatest reachable, where it would no longer decide anything; of a resource that
-                nothing is known of; or none of the levels of a unit has a loss.
+            UsageError: each limit is above the greatest reachable, so that nothing is left to decide; nothing is known
+                of a resource; or none of the levels of a unit has a loss.
         """
         self._check_known(budget)
         table = None
@@ -282,15 +282,19 @@ class CostTable:
             units=[unit.name for unit in self.units],
             nested=self.nested,
         )
+        idle = []
         for resource, amount in budget.items():
             least, most = (self._readable(resource, total) for total in problem.reachable(resource))
             if amount < least * (1 - 1e-9):
                 raise InfeasibleBudget(resource, amount, least)
             if amount > most * (1 + 1e-9):
-                raise UsageError(
-                    f"budget {amount:g} {resource} is above the greatest reachable {most:.6g}",
-                    hint=f"this menu reaches {least:.6g} to {most:.6g} {resource}",
-                )
+                idle.append((resource, amount, least, most))
+        if idle and len(idle) == len(budget):  # beside one that binds, a limit that does not is only an upper limit
+            resource, amount, least, most = idle[0]
+            raise UsageError(
+                f"budget {readable(amount)} {resource} is above the greatest reachable {readable(most)}",
+                hint=f"this menu reaches {readable(least)} to {readable(most)} {resource}",
+            )
         return problem
 
     def amounts(
@@ -320,7 +324,7 @@ class CostTable:
             error.resource,
             budget[error.resource],
             least,
-            f"no allocation is within {budget_text(budget)}: the least {error.resource} found is {least:.6g}",
+            f"no allocation is within {budget_text(budget)}: the least {error.resource} found is {readable(least)}",
         )
 
     def _check_known(self, budget: Mapping[str, object]) -> None:

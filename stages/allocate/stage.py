@@ -32,7 +32,7 @@ from layerwise.stages.evaluate.scoring import Request, Score, evaluator_factory,
 from layerwise.stages.export import HELD, held_names
 from layerwise.stages.levels.database import DatabaseIndex
 from layerwise.stages.models.selection import valid_patterns
-from layerwise.stages.quantities import Count
+from layerwise.stages.quantities import Count, parse_bytes, parse_count
 from layerwise.stages.registry import nearest
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def _known_resource(name: str) -> str:
 Resource = Annotated[str, AfterValidator(_known_resource), WithJsonSchema({"enum": list(RESOURCES)})]
 
 _SHARE = r"^\d+(\.\d+)?%$"
+_WRITTEN = r"^\d+(\.\d+)?(%|\s*[A-Za-z]{1,3})$"
 
 
 def _check_amount(amount: Amount) -> Amount:
@@ -68,8 +69,27 @@ def _check_list(amounts: list[Amount]) -> list[Amount]:
     return amounts
 
 
+def _in_numbers(budgets: object) -> object:
+    """`600KB` -> 600000 where it is a size, `1.5M` -> 1500000 where it is a count; what is neither stays as it is."""
+    if not isinstance(budgets, dict):
+        return budgets
+    return {
+        name: [_in_number(name, amount) for amount in amounts]
+        if isinstance(amounts, list)
+        else _in_number(name, amounts)
+        for name, amounts in budgets.items()
+    }
+
+
+def _in_number(resource: object, amount: object) -> object:
+    parse = {"bytes": parse_bytes, "parameters": parse_count, "flops": parse_count}.get(str(resource))
+    if parse is None or not isinstance(amount, str) or not amount[-1:].isalpha():
+        return amount
+    return parse(amount)
+
+
 Number = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_check_amount)]  # which has the better words
-Share = Annotated[str, AfterValidator(_check_amount), WithJsonSchema({"type": "string", "pattern": _SHARE})]
+Share = Annotated[str, AfterValidator(_check_amount), WithJsonSchema({"type": "string", "pattern": _WRITTEN})]
 """`40%`, see `layerwise.stages.allocate.allocation.Amount`."""
 SETTINGS = {
     "preset": "preset",
@@ -102,7 +122,7 @@ class AllocateParams(Params):
     budgets: dict[Resource, Number | Share | Annotated[list[Number | Share], AfterValidator(_check_list)]] = Field(
         min_length=1,
         description="upper limits; lists give one allocation for each combination; 40% is a share of the way from the "
-        "least that is reachable to the greatest. " + EXPLAINED,
+        "least that is reachable to the greatest; bytes may be 600KB or 2GiB. " + EXPLAINED,
     )
     loss: Literal["kl", "output_error", "weight_nmse"] = Field(
         "kl", description="the profile's metric that separable solvers add up"
@@ -151,6 +171,11 @@ class AllocateParams(Params):
         if value not in known:
             raise ValueError(f"'{value}' is no solver ({nearest(value, known)})")
         return value
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _read_units(cls, budgets: object) -> object:
+        return _in_numbers(budgets)
 
     @field_validator("budgets")
     @classmethod
@@ -263,7 +288,8 @@ def allocate(context: Context, params: AllocateParams) -> None:
 
     Raises:
         InfeasibleBudget: a budget is below the least reachable.
-        UsageError: above the greatest reachable, or the solver lacks its profile or a budget its latencies.
+        UsageError: all limits of one are above the greatest reachable, or the solver lacks its profile or a budget its
+            latencies.
     """
     index = DatabaseIndex(context.input("database"))
     times = [load_times(folder, index) for folder in context.inputs["latency"]]

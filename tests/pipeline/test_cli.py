@@ -35,11 +35,13 @@ Layerwise = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def same_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Commands run in this process, so what they change in it is put back."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup` it is ignored
     monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
     monkeypatch.setenv("COLUMNS", "200")
     yield
-    signal.signal(signal.SIGTERM, before)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture
@@ -385,11 +387,17 @@ def test_a_results_folder_of_a_newer_version_ends_with_code_4(
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_stopped_before_it_began_says_how_to_go_on(
-    layerwise: Layerwise, tiny_workflow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+    layerwise: Layerwise,
+    tiny_workflow: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    signum: signal.Signals,
 ) -> None:
     def fetch(*arguments: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
         time.sleep(60)
 
     monkeypatch.setattr("layerwise.pipeline.runs.run.fetch", fetch)

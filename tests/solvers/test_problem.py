@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.errors import InfeasibleBudget, InvalidProblem, UsageError
-from layerwise.solvers import Problem, Solution
+from layerwise.solvers import Problem, Solution, branch
 
 BITS = np.array([[2.0, 4.0], [3.0, 6.0]])
 NAMES = {"units": ["q", "o"], "levels": ["2b", "4b"]}
@@ -394,3 +395,15 @@ def test_a_solution_may_stand_where_its_choice_may():
     solution = problem.solution([1])
     assert problem.named(solution) == {"a": "high"}
     assert (problem.loss(solution), problem.cost(solution), problem.feasible(solution)) == (0.0, {"bits": 2.0}, True)
+
+
+@pytest.mark.parametrize("budget", ["90MB", None, True, [1]])
+def test_a_budget_that_is_no_number_is_told(budget: Any) -> None:
+    with pytest.raises(InvalidProblem, match=r"the bytes budget is no number but .*\nhint: give it in the unit"):
+        Problem({"bytes": np.ones((1, 1))}, {"bytes": budget})
+
+
+def test_large_amounts_are_told_digit_by_digit() -> None:
+    problem = Problem({"bytes": np.full((1, 1), 123_456_789.0)}, {"bytes": -1}, np.ones((1, 1)))
+    with pytest.raises(InfeasibleBudget, match="budget -1 bytes is below the least reachable 123,456,789"):
+        branch(problem)

@@ -79,3 +79,25 @@ def test_the_place_of_the_mistake_is_that_of_the_value(workflow: Path) -> None:
 def test_a_level_that_may_be_wider_than_the_menu_says_leaves_the_upper_end_open(workflow: Path) -> None:
     menu = "stages.levels.with.menu=[{method: rtn, bits: [2, 4]}, {method: dense}]"
     assert load_workflow(workflow, sets=[menu, "stages.search.with.budgets.bits=12"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "amount"),
+    [
+        ("bytes=600KB", 600_000),
+        ("bytes=2GiB", 2 << 30),
+        ("bytes=[1.5MB, 40%]", [1_500_000, "40%"]),
+        ("parameters=1.5M", 1_500_000),
+    ],
+)
+def test_a_budget_may_have_a_unit(workflow: Path, budget: str, amount: object) -> None:
+    resource = budget.partition("=")[0]
+    sets = [f"stages.search.with.budgets={{{budget.replace('=', ': ')}}}"]
+    search = next(node for node in load_workflow(workflow, sets=sets).nodes if node.id == "search")
+    assert search.params.model_dump()["budgets"] == {resource: amount}
+
+
+@pytest.mark.parametrize("budget", ["bytes: 600XB", "bits: 3MB", "bytes: [1, 5 apples]", "parameters: 2GiB"])
+def test_a_unit_that_is_none_of_the_resource_is_told(workflow: Path, budget: str) -> None:
+    with pytest.raises(WorkflowError, match=r"stages\.search\.with\.budgets.*must be"):
+        load_workflow(workflow, sets=[f"stages.search.with.budgets={{{budget}}}"])

@@ -332,6 +332,14 @@ def test_a_budget_out_of_reach_says_what_is_reachable_in_the_unit_it_was_given_i
     assert f"{least:.6g} to {most:.6g} {resource}" in (generous.value.hint or "")
 
 
+def test_a_limit_that_does_not_bind_is_no_error_beside_one_that_does(two_units: CostTable) -> None:
+    most = two_units.problem({}, tie=False, losses=None).reachable("bits")[1] / two_units.n_weights
+    problem = two_units.problem({"bits": most, "bytes": 1e9}, tie=False, losses=None)
+    assert set(problem.budgets) == {"bits", "bytes"}
+    with pytest.raises(UsageError, match="above the greatest reachable"):
+        two_units.problem({"bits": most * 2, "bytes": 1e9}, tie=False, losses=None)
+
+
 def test_budgets_that_only_fail_together_are_reported_in_the_same_units(tmp_path: Path) -> None:
     # the second has few bits, but a scale for every other weight
     both = level("4b", 400, 450, 60), level("2b-g2", 200, 1000, 130)
