@@ -118,12 +118,13 @@ def _download(model: Model) -> Path:
 def _text_source(name: str, text: Text, root: Path, model: Path) -> TextSource:
     length = length_for(name, text.sequence_length, model)
     paths = text.paths if text.dataset is None else (_dataset_text(name, text, root),)
-    return TextSource(name, paths, length, text.tokens)
+    return TextSource(name, paths, length, text.tokens, text.bos)
 
 
 def _text_digest(source: TextSource, digests: FileDigests) -> str:
     contents = [digests.sha256(path) for path in source.paths]
-    return digest_of({"text": contents, "sequence_length": source.sequence_length, "tokens": source.tokens})
+    cut = {"sequence_length": source.sequence_length, "tokens": source.tokens, "bos": source.bos}
+    return digest_of({"text": contents, **cut})
 
 
 def _dataset_text(name: str, text: Text, root: Path) -> Path:

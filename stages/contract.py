@@ -141,12 +141,14 @@ class TextSource:
         paths: UTF-8 text files, read in this order.
         sequence_length: tokens of one sequence.
         tokens: how many tokens to use, spread evenly over the text; None for all.
+        bos: whether each sequence begins with the beginning-of-sequence token; None for what the tokenizer does.
     """
 
     name: str
     paths: tuple[Path, ...]
     sequence_length: int
     tokens: int | None = None
+    bos: bool | None = None
 
 
 @dataclass(frozen=True)

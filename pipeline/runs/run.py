@@ -33,6 +33,7 @@ from layerwise.pipeline.runs.devices import check_devices, left_on_cpu
 from layerwise.pipeline.runs.kept_workflow import keep_workflow
 from layerwise.pipeline.runs.log import recorded
 from layerwise.pipeline.runs.plan import Planner, StagePlan
+from layerwise.pipeline.runs.separate import check_separate
 from layerwise.pipeline.workflow import Node, Workflow
 from layerwise.results.durable import disk_full_named, make_folder
 from layerwise.results.links import refuse_links, refuse_links_below
@@ -161,18 +162,19 @@ class Run:
 
     def _look_ahead(self, opened: Callable[[], RawExecutor]) -> None:
         """Say what stages will leave out or fall back to, before any of them spends hours on the rest, and refuse to
-        begin where a GPU is missing."""
+        begin where a GPU is missing or a text is reported on that others have seen."""
         if self.sources.model.trust:
             where = self.sources.model.python or f"code of its own, in {self.sources.model.path}"
             self.display.note(f"the model may run {where} (`trust: true`)")
         on_gpu = any(node.resources.device != "cpu" for node in self.workflow.nodes)
-        if on_gpu or any(getattr(node.stage, "notes", None) for node in self.workflow.nodes):
+        if on_gpu or any(node.stage.reports or getattr(node.stage, "notes", None) for node in self.workflow.nodes):
             plans = self.plan()
             for plan in plans:
                 for text in plan.notes:
                     self.display.note(f"{plan.node.id}: {text}")
             for text in left_on_cpu(plans):
                 self.display.note(text)
+            check_separate(plans, self.sources.data)
             check_devices(plans, opened)
 
     def _find(self, key: str) -> Artifact | None:

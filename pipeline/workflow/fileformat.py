@@ -91,6 +91,11 @@ class TextEntry(Part):
     sequence_length: int | None = Field(
         None, gt=1, description="Tokens of one sequence; as many as the model takes, up to 2048, if left out."
     )
+    bos: bool | None = Field(
+        None,
+        description="Whether each sequence begins with the beginning-of-sequence token; as the model's tokenizer has "
+        "it, if left out.",
+    )
 
 
 class DatasetEntry(Part):
@@ -103,6 +108,11 @@ class DatasetEntry(Part):
     tokens: Count | None = Field(None, description="How many tokens to use (65536, 64k, 2Mi); all of them if left out.")
     sequence_length: int | None = Field(
         None, gt=1, description="Tokens of one sequence; as many as the model takes, up to 2048, if left out."
+    )
+    bos: bool | None = Field(
+        None,
+        description="Whether each sequence begins with the beginning-of-sequence token; as the model's tokenizer has "
+        "it, if left out.",
     )
 
 

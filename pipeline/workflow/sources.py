@@ -63,12 +63,14 @@ class Text:
     Args:
         sequence_length: tokens of one sequence; None for as many as the model takes, within reason.
         tokens: how many to use; None for all.
+        bos: whether each sequence begins with the beginning-of-sequence token; None for what the tokenizer does.
         paths: UTF-8 text files, absolute, in reading order; empty for a dataset.
         dataset: Hugging Face name, None for files; `config`, `split` and `column` say what of it to read.
     """
 
     sequence_length: int | None
     tokens: int | None = None
+    bos: bool | None = None
     paths: tuple[Path, ...] = ()
     dataset: str | None = None
     config: str | None = None
@@ -84,7 +86,7 @@ class Text:
 
     def resolved(self) -> dict[str, Any]:
         """As it would stand in a file, with nothing left to defaults."""
-        keys = ("dataset", "config", "split", "column", "tokens", "sequence_length")
+        keys = ("dataset", "config", "split", "column", "tokens", "sequence_length", "bos")
         files = {"text": [str(path) for path in self.paths]} if self.dataset is None else {}
         return files | {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
@@ -217,7 +219,7 @@ def _read_text(tree: Tree, path: KeyPath, report: Report) -> Text | Tensors | No
             wrong = error.message
         if wrong is not None:
             report.add(child.place, at, wrong)
-    return Text(paths=tuple(paths), tokens=files.tokens, sequence_length=files.sequence_length)
+    return Text(paths=tuple(paths), tokens=files.tokens, sequence_length=files.sequence_length, bos=files.bos)
 
 
 def _absolute(path: str, place: Place) -> Path:

@@ -1,8 +1,11 @@
 """Text into sequences of token ids.
 
-The whole text is one stream of tokens, cut into sequences of equal length, as GPTQ and EvoPress do it. When fewer
-tokens are asked for than there are, the sequences are spread evenly over the text, so that no seed is needed and one
-chapter does not stand for the book. The ids are written once per stage and memory-mapped by every worker.
+The whole text is one stream of tokens, cut into sequences of equal length, as GPTQ and EvoPress do it, each after the
+beginning-of-sequence token of a tokenizer that adds one. When fewer tokens are asked for than there are, the sequences
+are spread evenly over the text, so that no seed is needed and one chapter does not stand for the book. The ids are
+written once per stage and memory-mapped by every worker.
+
+A long text is tokenized in pieces of 2^18 characters; a tokenizer that puts a space before a text puts one before each.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ from layerwise.errors import DataError
 from layerwise.results.durable import settle_file
 from layerwise.results.links import unfinished
 from layerwise.stages.contract import Context, TensorSource, TextSource
+from layerwise.stages.data.reading import pieces, read_text
+from layerwise.stages.models.positions import vocabulary
 from layerwise.stages.models.trust import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 TENSORS = ".safetensors"
@@ -84,7 +90,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _write_sequences(source: TextSource, *, model: Path, target: Path, trust: bool) -> int:
-    sequences = cut(encode(source, model, trust), source)
+    sequences = sequences_of(source, model, trust)
     with unfinished(target) as temporary:
         with temporary.open("wb") as stream:
             np.save(stream, sequences)
@@ -92,42 +98,91 @@ def _write_sequences(source: TextSource, *, model: Path, target: Path, trust: bo
     return int(sequences.size)
 
 
+def sequences_of(source: TextSource, model: Path, trust: bool = False) -> NDArray[np.int32]:
+    """The sequences of a text.
+
+    Args:
+        source: the text.
+        model: the folder that holds the tokenizer.
+        trust: whether the folder's own code may run.
+    Returns:
+        (sequences, length), int32.
+    Raises:
+        DataError: not enough tokens, no tokenizer, no text, or a token that the model has no row for.
+    """
+    tokenizer = _tokenizer(source, model, trust)
+    sequences = cut(_encoded(tokenizer, read_text(source)), source, _first_token(tokenizer, source))
+    rows, highest = vocabulary(model), int(sequences.max())
+    if rows is not None and highest >= rows:
+        raise DataError(
+            f"data.{source.name}: the tokenizer gives token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), "
+            f"but the model has only the tokens 0 to {rows - 1}",
+            hint="the tokenizer in the model's folder belongs to another model, or its embedding was not resized",
+        )
+    return sequences
+
+
 def encode(source: TextSource, model: Path, trust: bool = False) -> NDArray[np.int32]:
-    """Token ids of a whole text, in one stream.
+    """Token ids of a whole text, in one stream, without any that a tokenizer adds.
 
     Args:
         source: the text.
         model: the folder that holds the tokenizer.
         trust: whether the folder's own code may run.
     """
+    return _encoded(_tokenizer(source, model, trust), read_text(source))
+
+
+def _tokenizer(source: TextSource, model: Path, trust: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     try:
         with loading(model, trust) as options:
-            tokenizer = AutoTokenizer.from_pretrained(model, **options)
-        text = "\n\n".join(path.read_text(encoding="utf-8") for path in source.paths)
-    except UnicodeDecodeError as error:
-        raise DataError(f"data.{source.name}: not UTF-8 text ({error})") from error
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         raise DataError(f"data.{source.name}: {error}", hint="the model folder must hold its tokenizer") from error
-    return np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int32)
+    return tokenizer
 
 
-def cut(ids: NDArray[np.int32], source: TextSource) -> NDArray[np.int32]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int32]:
+    parts = tokenizer(pieces(text), add_special_tokens=False, verbose=False)["input_ids"]
+    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> int | None:
+    """What each sequence begins with, if with anything: the beginning-of-sequence token.
+
+    Raises:
+        DataError: it is asked for, and the tokenizer has none.
+    """
+    token: int | None = tokenizer.bos_token_id
+    if source.bos is None:
+        return token if token is not None and tokenizer("a")["input_ids"][:1] == [token] else None
+    if source.bos and token is None:
+        raise DataError(
+            f"data.{source.name}: bos: true, but the tokenizer has no beginning-of-sequence token",
+            hint="leave `bos` out: it follows the tokenizer",
+        )
+    return token if source.bos else None
+
+
+def cut(ids: NDArray[np.int32], source: TextSource, first: int | None = None) -> NDArray[np.int32]:
     """Sequences of equal length out of a stream of tokens.
 
     Args:
         ids: (tokens,).
         source: says how long and how many.
+        first: the token that each begins with, beside those of the stream; None for none.
     Returns:
         (sequences, length), int32.
     Raises:
         DataError: not enough tokens.
     """
     length = source.sequence_length
-    available = len(ids) // length
+    step = length if first is None else length - 1
+    available = len(ids) // step
     if available == 0:
         raise DataError(
             f"data.{source.name}: the text has {len(ids)} tokens, fewer than one sequence of {length}",
@@ -145,5 +200,6 @@ def cut(ids: NDArray[np.int32], source: TextSource) -> NDArray[np.int32]:
             f"({available} sequences of {length})",
             hint="ask for fewer tokens or give more text",
         )
-    starts = np.arange(wanted) * available // wanted * length
-    return np.stack([ids[start : start + length] for start in starts])
+    starts = np.arange(wanted) * available // wanted * step
+    sequences = np.stack([ids[start : start + step] for start in starts])
+    return sequences if first is None else np.insert(sequences, 0, first, axis=1)

@@ -1,4 +1,4 @@
-"""How many tokens a model takes at once, read from its configuration alone.
+"""How many tokens a model takes at once, and how many it knows, read from its configuration alone.
 
 Left out: models without such a limit (recurrences), and families that keep some positions for themselves; the few that
 a model lacks then are told by `CausalLM`, when it is given them.
@@ -7,6 +7,7 @@ a model lacks then are told by `CausalLM`, when it is given them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ def positions(folder: Path) -> int | None:
     Args:
         folder: holds its config.json.
     """
+    return _number(folder, NAMES)
+
+
+def _number(folder: Path, names: Iterable[str]) -> int | None:
+    """The first of some settings that a configuration has, of the text model before the whole."""
     try:
         config: Any = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):  # whoever loads the model says so
@@ -35,8 +41,17 @@ def positions(folder: Path) -> int | None:
     if not isinstance(config, dict):
         return None
     nested = [config[part] for part in PARTS if isinstance(config.get(part), dict)]
-    found = (part.get(name) for part in (*nested, config) for name in NAMES)
+    found = (part.get(name) for part in (*nested, config) for name in names)
     return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def vocabulary(folder: Path) -> int | None:
+    """How many tokens a model knows; None if it does not say.
+
+    Args:
+        folder: holds its config.json.
+    """
+    return _number(folder, ("vocab_size",))
 
 
 def length_for(name: str, wanted: int | None, folder: Path) -> int:

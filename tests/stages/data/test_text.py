@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,25 +16,32 @@ from hypothesis import strategies as st
 
 from layerwise.errors import DataError
 from layerwise.stages.contract import TextSource
-from layerwise.stages.data.text import cut, encode
+from layerwise.stages.data.reading import pieces, read_text
+from layerwise.stages.data.text import cut, encode, sequences_of
 
 
 def source(length: int, tokens: int | None = None) -> TextSource:
     return TextSource("story", (), length, tokens)
 
 
-@given(total=st.integers(1, 200), length=st.integers(1, 30), data=st.data())
-def test_sequences_are_distinct_slices_spread_over_the_text(total: int, length: int, data: Any) -> None:
+@given(total=st.integers(1, 200), length=st.integers(2, 30), data=st.data(), first=st.sampled_from([None, -5]))
+def test_sequences_are_distinct_slices_spread_over_the_text(
+    total: int, length: int, data: Any, first: int | None
+) -> None:
     ids = np.arange(total, dtype=np.int32)  # a token is its own position
-    available = total // length
+    step = length if first is None else length - 1
+    available = total // step
     if available == 0:
         with pytest.raises(DataError):
-            cut(ids, source(length))
+            cut(ids, source(length), first)
         return
     wanted = data.draw(st.integers(1, available))
-    sequences = cut(ids, source(length, wanted * length))
+    sequences = cut(ids, source(length, wanted * length), first)
     assert sequences.dtype == np.int32
     assert sequences.shape == (wanted, length)
+    if first is not None:
+        assert (sequences[:, 0] == first).all()
+        sequences, length = sequences[:, 1:], step
     assert (np.diff(sequences, axis=1) == 1).all()
     starts = sequences[:, 0]
     assert (starts % length == 0).all()
@@ -74,8 +83,83 @@ def test_files_are_one_stream_of_tokens(model_folder: Callable[[str], Path], tmp
 def test_text_that_is_not_utf8_is_named(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("café".encode("latin-1"))
-    with pytest.raises(DataError, match=r"data\.story: not UTF-8 text"):
-        encode(TextSource("story", (path,), 4), model_folder("llama"))
+    (tmp_path / "good.txt").write_text("a dog\n", encoding="utf-8")
+    path.write_bytes(b"one\ntwo " + path.read_bytes())
+    message = r"data\.story: \S*latin\.txt is not UTF-8 text: line 2 holds the byte 0xe9"
+    with pytest.raises(DataError, match=message) as caught:
+        encode(TextSource("story", (tmp_path / "good.txt", path), 4), model_folder("llama"))
+    assert "iconv" in str(caught.value.hint)
+
+
+def test_byte_order_marks_and_other_ends_of_lines_are_no_text(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + name.encode() + b"\r\nend\r")
+    assert (
+        read_text(TextSource("story", (tmp_path / "one.txt", tmp_path / "two.txt"), 4))
+        == "one.txt\nend\n\n\ntwo.txt\nend\n"
+    )
+
+
+def test_a_pipe_in_place_of_a_text_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe\.txt is no regular file"):
+        read_text(TextSource("story", (tmp_path / "pipe.txt",), 4))
+
+
+@given(text=st.text(alphabet="ab \n", max_size=200), size=st.integers(2, 40))
+def test_pieces_are_the_text_and_end_where_it_hurts_least(text: str, size: int) -> None:
+    found = pieces(text, size)
+    assert "".join(found) == text
+    assert max(map(len, found)) <= size
+    for piece in found[:-1]:
+        late = piece[size // 2 :]
+        assert piece.endswith("\n") or ("\n" not in late and (piece.endswith(" ") or " " not in late))
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of bytes that begins each text with token 256, and a model of 257 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bos")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate([*alphabet, "<s>"])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 256)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    (folder / "config.json").write_text('{"vocab_size": 257, "model_type": "llama"}')
+    (folder / "text.txt").write_text("abcdefghij" * 10)
+    return folder
+
+
+@pytest.mark.parametrize(("bos", "begins"), [(None, True), (True, True), (False, False)])
+def test_each_sequence_begins_as_the_tokenizer_or_the_workflow_says(
+    with_bos: Path, bos: bool | None, begins: bool
+) -> None:
+    text = TextSource("story", (with_bos / "text.txt",), 11, bos=bos)
+    sequences = sequences_of(text, with_bos)
+    assert len(sequences) == (10 if begins else 9)
+    assert (sequences[:, 0] == 256).all() == begins
+    assert (sequences[:, 1:] < 256).all()
+    assert 256 not in encode(text, with_bos)
+
+
+def test_a_beginning_that_no_tokenizer_has_is_refused(model_folder: Callable[[str], Path], with_bos: Path) -> None:
+    text = TextSource("story", (with_bos / "text.txt",), 11)
+    assert len(sequences_of(text, model_folder("llama"))) == 9
+    with pytest.raises(DataError, match=r"bos: true, but the tokenizer has no beginning-of-sequence token"):
+        sequences_of(replace(text, bos=True), model_folder("llama"))
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named(with_bos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(with_bos, folder)
+    (folder / "config.json").write_text('{"vocab_size": 256, "model_type": "llama"}')
+    message = r"the tokenizer gives token 256 \('<s>'\), but the model has only the tokens 0 to 255"
+    with pytest.raises(DataError, match=message) as caught:
+        sequences_of(TextSource("story", (folder / "text.txt",), 11), folder)
+    assert caught.value.hint
 
 
 def test_a_model_without_a_tokenizer_is_refused(
