@@ -19,6 +19,9 @@ SINGLE = "model.safetensors"
 
 CONFIG = "config.json"
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+"""What a tokenizer stands in."""
+
 QUANTIZED = "quantization_config"
 """Where a configuration says how its weights are quantized."""
 
@@ -52,10 +55,14 @@ class ModelFolder:
         """Refuse what is no dense model, before anybody loads it.
 
         Raises:
-            UnsupportedModel: no configuration, or none that can be read; a file that stands for one elsewhere; weights
-                that are quantized already; or what `weights` raises.
+            UnsupportedModel: no configuration, or none that can be read; a file that stands for one elsewhere; a pipe
+                or a folder in the place of one; weights that are quantized already; or what `weights` raises.
         """
         path = self.path / CONFIG
+        for place in (self.path / name for name in (CONFIG, SINGLE, INDEX, *TOKENIZER)):
+            if place.exists() and not place.is_file():  # a pipe would never end
+                kind = "a folder" if place.is_dir() else "no regular file"
+                raise UnsupportedModel(f"{place} is {kind}, where a file of the model should stand", hint=AGAIN)
         if not path.is_file():
             raise UnsupportedModel(f"{self.path} holds no {CONFIG}", hint="give the folder of a Hugging Face model")
         for file in self.files:

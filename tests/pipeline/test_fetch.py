@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -81,6 +82,15 @@ def test_a_pointer_of_git_lfs_in_place_of_a_file_is_named(desk: Any, name: str) 
     with pytest.raises(UnsupportedModel, match=rf"{name} is a pointer of Git LFS") as caught:
         fetched(desk)
     assert "git lfs pull" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "no regular file"), (os.mkdir, "a folder")])
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_named(desk: Any, name: str, make: Any, kind: str) -> None:
+    make(desk.folder / "model" / name)
+    with pytest.raises(UnsupportedModel, match=rf"{name} is {kind}") as caught:
+        fetched(desk)
+    assert caught.value.hint
 
 
 def test_what_lies_beside_the_model_is_named_and_makes_no_difference(
