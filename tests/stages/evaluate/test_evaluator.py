@@ -76,7 +76,7 @@ def random_genomes(levels: NoisyLevels, count: int, seed: int = 0) -> tuple[Geno
 
 
 def measured_plainly(dense: Any, model: Any, sequences: Tensor) -> dict[str, float]:
-    """Mean KL, NLL and agreement over all positions, from log-softmax in float64."""
+    """Mean KL, NLL, agreement and accuracy over all positions, from log-softmax in float64."""
     with torch.no_grad():
         p, q = (each(input_ids=sequences, use_cache=False).logits.double().log_softmax(-1) for each in (dense, model))
     following = q[:, :-1].gather(-1, sequences[:, 1:, None])
@@ -84,6 +84,7 @@ def measured_plainly(dense: Any, model: Any, sequences: Tensor) -> dict[str, flo
         "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
         "nll": -following.mean().item(),
         "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
+        "accuracy": (q[:, :-1].argmax(-1) == sequences[:, 1:]).double().mean().item(),
     }
 
 
