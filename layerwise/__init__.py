@@ -1,18 +1,22 @@
 """layerwise spends a compression budget layer by layer.
 
-The three ways in are the command line (`layerwise run flow.yaml`), the results store (`layerwise.results`) and the
-solver library (`layerwise.solvers`). This module loads nothing heavy, so `import layerwise.solvers` stays free of
-torch and Ray.
+The ways in are the command line (`layerwise run flow.yaml`), the functions of this module (docs/library.md), the
+results store (`layerwise.results`) and the solver library (`layerwise.solvers`). This module loads nothing heavy, so
+`import layerwise.solvers` stays free of torch and Ray.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import os
 
+    from torch import Tensor
     from transformers import PreTrainedModel
+
+    from layerwise.results.opened import Results
+    from layerwise.stages.levels.level import Level
 
 __version__ = "0.1.0"
 
@@ -36,3 +40,43 @@ def load(path: str | os.PathLike[str], dtype: str = "float32") -> PreTrainedMode
     from layerwise.stages.export.native import load as load_native
 
     return load_native(Path(path), dtype).model
+
+
+def open_results(results: str | os.PathLike[str] = "layerwise-results", run: str | None = None) -> Results:
+    """The results of a run, as DataFrames.
+
+    Args:
+        results: the results folder.
+        run: the run's id, the start of it, or the name of a workflow; None for the newest run.
+    Raises:
+        UsageError: no such folder, no such run, or several start like this.
+    """
+    from pathlib import Path
+
+    from layerwise.results.opened import Results
+    from layerwise.results.store import Store
+
+    return Results.of(Store.open(Path(results)), run)
+
+
+def compress_weight(
+    weight: Tensor, method: str = "gptq", *, hessian: Tensor | None = None, bits: int | None = None, **menu: Any
+) -> Level:
+    """One weight, compressed by one method.
+
+    Args:
+        weight: (out, in), any float dtype; not changed.
+        method: as in a menu: `gptq`, `rtn`, `magnitude`, ...
+        hessian: (in, in), `X.T @ X` of inputs X (tokens, in), for methods that need it; not changed.
+        bits: bits per weight, for methods that take it.
+        menu: the method's other keys, as in a menu.
+    Returns:
+        the level: `decode()` is the weight that it stands for, `size_bytes` what it takes.
+    Raises:
+        UsageError: an unknown method or key, a shape that does not fit, several levels at once, or a method that does
+            not work on one weight alone.
+        NotFinite: NaN or Inf in the weight or the Hessian.
+    """
+    from layerwise.stages.compress.one_weight import compress_weight as compress
+
+    return compress(weight, method, hessian, menu if bits is None else {"bits": bits, **menu})
