@@ -121,7 +121,12 @@ def choose(context: Context, params: CompressParams) -> Chosen:
     if params.targets is not None or selected is None:
         units = select_units(units, params.targets or (), params.ignore, survey.uncovered)
     else:
-        units = select_units([unit for unit in units if unit.name in selected], ["re:"], params.ignore)
+        kept = select_units(
+            units, ["re:"], params.ignore, survey.uncovered
+        )  # it may name what was not calibrated either
+        units = [unit for unit in kept if unit.name in selected]
+        if not units:
+            raise UsageError(f"no unit is left: of those with statistics all are ignored by {params.ignore}")
     wanted = {unit.name for unit in units}
     if statistics is not None and params.needs_statistics:
         _check_calibrated(wanted - set(statistics.selected))

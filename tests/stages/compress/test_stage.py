@@ -540,3 +540,19 @@ def test_an_interrupted_stage_repeats_no_finished_unit(
     assert len(set(ran)) == 6
     files = sorted(path.relative_to(expected) for path in expected.rglob("*") if path.is_file())
     assert all((expected / name).read_bytes() == (found / name).read_bytes() for name in files)
+
+
+def test_what_calibrate_left_out_may_be_ignored_by_compress_too_but_not_all(
+    new_bench: Callable[..., Any], model_folder: Callable[[str], Path]
+) -> None:
+    bench = new_bench(model_folder("llama"))
+    stats = bench.run("calibrate", {"ignore": ["down_proj"]})
+    menu = {"menu": [{"method": "gptq", "bits": 4, "group_size": 16}]}
+    levels = bench.run("compress", {**menu, "ignore": ["down_proj", "up_proj"]}, statistics=stats.out)
+    kinds = {unit.name.rpartition(".")[2] for unit in DatabaseIndex(levels.out).units}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"}
+    with pytest.raises(UnsupportedModel, match="ignore: 'dwn_proj' names no unit"):
+        bench.run("compress", {**menu, "ignore": ["dwn_proj"]}, statistics=stats.out)
+    few = bench.run("calibrate", {"targets": ["down_proj"]})
+    with pytest.raises(UsageError, match="no unit is left: of those with statistics all are ignored by"):
+        bench.run("compress", {**menu, "ignore": ["down_proj"]}, statistics=few.out)
