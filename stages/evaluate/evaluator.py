@@ -192,7 +192,7 @@ class Evaluator:
             logits = self.reference.end(hidden, stream)
             if not torch.isfinite(logits).all():
                 raise NotFinite(
-                    "the dense model gives NaN or Inf on this text",
+                    f"the dense model gives NaN or Inf on this text{_told_by_weights(self.reference)}",
                     hint="check its weights, or compute in a wider dtype (model: {dtype: float32})",
                 )
             self._references.put(key, logits)
@@ -323,3 +323,18 @@ class _Bounded:
         while self.size > self.limit:
             _, dropped = self.items.popitem(last=False)
             self.size -= dropped.numel() * dropped.element_size()
+
+
+def _told_by_weights(network: InBlocks) -> str:
+    """Which of its weights are no numbers, as the end of a sentence: the least and the greatest of each show it."""
+    bad = [
+        (name, parameter)
+        for name, parameter in network.parameters.items()
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.aminmax())
+    ]
+    if not bad:
+        return ""
+    name, parameter = bad[0]
+    wrong = int((~parameter.isfinite()).sum())
+    more = f", and so have {len(bad) - 1} more weights" if len(bad) > 1 else ""
+    return f": {name} has {wrong} of {parameter.numel()} values that are NaN or Inf{more}"

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import NotFinite, UnsupportedModel
+from layerwise.errors import UnsupportedModel
 from layerwise.kernels.device import require_gpu
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.models import streamed as streaming
@@ -64,7 +63,6 @@ class CausalLM(InBlocks):
         Raises:
             UnsupportedModel: not a causal language model, weights missing, it cannot be taken apart, or it takes code
                 of its own that is not trusted.
-            NotFinite: a weight is NaN or Inf; names it.
             UsageError: it is to be computed on a GPU, and there is none.
         """
         from safetensors import SafetensorError
@@ -95,7 +93,6 @@ class CausalLM(InBlocks):
                 f"{source.path}: {len(missing)} weights are missing or of another shape, the first is {missing[0]}",
                 hint="the folder holds another model than its config.json says",
             )
-        _check_finite(model, source.path)
         network = cls(model.to(source.device))
         if source.compressed is not None:
             from layerwise.stages.models.compressed import CompressedModel
@@ -177,29 +174,6 @@ class CausalLM(InBlocks):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         del self.parameters  # they are one more now
         self.units = self._with_outside([unit for unit in self.units if unit.block is not None])
-
-
-def _check_finite(model: nn.Module, folder: Path) -> None:
-    """Refuse weights that are no numbers. The least and the greatest show it in one pass and without a copy.
-
-    Raises:
-        NotFinite: names the first such tensor, how many of its values, and how many tensors more.
-    """
-    bad = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
-        and parameter.numel()
-        and not all(bound.isfinite() for bound in parameter.aminmax())
-    ]
-    if bad:
-        name, parameter = bad[0]
-        wrong = int((~parameter.isfinite()).sum())
-        more = f"; so have {len(bad) - 1} more of its tensors" if len(bad) > 1 else ""
-        raise NotFinite(
-            f"{folder}: {name} has {wrong} of {parameter.numel()} values that are NaN or Inf{more}",
-            hint="copy or download the model again; float16 holds nothing above 65504",
-        )
 
 
 def _trial_ids(model: nn.Module) -> Tensor:
