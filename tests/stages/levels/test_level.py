@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerwise.errors import UsageError
 from layerwise.kernels.packing import pack
+from layerwise.stages.levels.adapted import with_adapter
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.files import open_unit, read_level, write_unit
 from layerwise.stages.levels.grid import grid_columns
@@ -201,8 +202,11 @@ def examples() -> dict[str, Level]:
     keep = weight.abs() > 0.6
     grid, codes, scale, zero = random_grid((6, 24), 3, 8, sym=False)
     recipe = {key: value for key, value in grid.recipe.items() if key != "encoding"}
+    generator = torch.Generator().manual_seed(2)
+    A, B = (torch.randn(shape, generator=generator).half() for shape in ((2, 24), (6, 2)))
     return {
         "dense": dense_level(weight),
+        "adapted": with_adapter(grid, A, B, method="any"),
         "grid": grid,
         "mask": mask_level("mask", {"method": "any", "sparsity": 0.5}, weight, keep),
         "masked_grid": masked_grid_level("masked", recipe, codes, keep=keep, scale=scale, zero=zero),
@@ -241,7 +245,8 @@ def test_bytes_are_those_of_the_tensors_in_the_file_and_a_level_comes_back_from_
     if level.n_weights:
         assert torch.equal(found.decode(), level.decode())
         assert level.decode().dtype == torch.float32
-        assert int(level.decode().count_nonzero()) <= level.parameters <= level.n_weights
+        factors = level.recipe.get("rank", 0) * sum(level.shape)
+        assert int(level.decode().count_nonzero()) <= level.parameters <= level.n_weights + factors
 
 
 def test_an_encoding_of_another_version_is_named() -> None:
