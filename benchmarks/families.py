@@ -84,7 +84,8 @@ def try_family(family: str, folder: Path) -> Outcome:
     except _NoModel as error:
         return Outcome("no tiny model", str(error))
     except LayerwiseError as error:
-        return Outcome("refused" if isinstance(error, UnsupportedModel) else "defect", error.message)
+        reason = error.message.replace(str(folder / "model"), "its folder")
+        return Outcome("refused" if isinstance(error, UnsupportedModel) else "defect", reason)
     except Exception as error:
         traceback.print_exc()
         return Outcome("defect", f"{type(error).__name__}: {error}")
