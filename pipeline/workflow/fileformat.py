@@ -81,12 +81,9 @@ class ModelEntry(Part):
         return self
 
 
-class TextEntry(Part):
-    """Local UTF-8 text files."""
+class CutEntry(Part):
+    """How a text becomes sequences, wherever it comes from."""
 
-    text: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="Text file or files, relative to this file, read in this order."
-    )
     tokens: Count | None = Field(None, description="How many tokens to use (65536, 64k, 2Mi); all of them if left out.")
     sequence_length: int | None = Field(
         None, gt=1, description="Tokens of one sequence; as many as the model takes, up to 2048, if left out."
@@ -98,22 +95,21 @@ class TextEntry(Part):
     )
 
 
-class DatasetEntry(Part):
+class TextEntry(CutEntry):
+    """Local UTF-8 text files."""
+
+    text: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="Text file or files, relative to this file, read in this order."
+    )
+
+
+class DatasetEntry(CutEntry):
     """A dataset of the Hugging Face hub."""
 
     dataset: str = Field(description="Hugging Face name such as HuggingFaceFW/fineweb-edu.")
     config: str | None = Field(None, description="Configuration of the dataset, where it has several.")
     split: str = Field("train", description="Split to read.")
     column: str = Field("text", description="Column that holds the text.")
-    tokens: Count | None = Field(None, description="How many tokens to use (65536, 64k, 2Mi); all of them if left out.")
-    sequence_length: int | None = Field(
-        None, gt=1, description="Tokens of one sequence; as many as the model takes, up to 2048, if left out."
-    )
-    bos: bool | None = Field(
-        None,
-        description="Whether each sequence begins with the beginning-of-sequence token; as the model's tokenizer has "
-        "it, if left out.",
-    )
 
 
 class TensorEntry(Part):
