@@ -58,11 +58,26 @@ def _resolved(what: str, reference: Any, index: Mapping[str, int], where: str) -
     return int(reference)
 
 
+def number(what: str, given: object, hint: str | None = None) -> float:
+    """A float; infinite ones are allowed, NaN is not."""
+    if isinstance(given, bool) or not isinstance(given, int | float | np.integer | np.floating):
+        raise InvalidProblem(f"{what} is no number but {given!r}", hint=hint)
+    try:
+        value = float(given)
+    except OverflowError:
+        raise InvalidProblem(
+            f"{what} is beyond what a float can hold, 1.8e308", hint="for no limit say math.inf"
+        ) from None
+    if math.isnan(value):
+        raise InvalidProblem(f"{what} is NaN")
+    return value
+
+
 def table(what: str, given: ArrayLike) -> NDArray[np.float64]:
     """A copy of a (units, levels) table."""
     try:
         array = np.array(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidProblem(f"the {what} table is not a table of numbers: {error}") from error
     if array.ndim != 2 or 0 in array.shape:
         raise InvalidProblem(f"the {what} table must be (units, levels), at least one of each; found {array.shape}")
@@ -203,34 +218,34 @@ def pairs(interactions: Mapping[Any, float], named: Names) -> dict[tuple[tuple[i
             raise InvalidProblem(f"interactions: {between} are the same unit")
         if (first, second) in checked:
             raise InvalidProblem(f"the interaction of {between} is given twice")
-        if not math.isfinite(loss):
-            raise InvalidProblem(f"the interaction of {between} is {loss}")
-        checked[first, second] = float(loss)
+        value = number(f"the interaction of {between}", loss)
+        if math.isinf(value):
+            raise InvalidProblem(f"the interaction of {between} is {value}")
+        checked[first, second] = value
     return checked
 
 
 def budgets(given: Any, costs: Mapping[str, object]) -> dict[str, float]:
     if not isinstance(given, Mapping):
         raise InvalidProblem(f"budgets are numbers by resource, found {given!r}", hint='budgets={"bytes": ...}')
+    checked: dict[str, float] = {}
     for resource, budget in given.items():
         if resource not in costs:
             raise InvalidProblem(f"budget for {resource}, but costs are known for {', '.join(costs)} only")
-        if isinstance(budget, bool) or not isinstance(budget, int | float | np.integer | np.floating):
-            hint = f"give it in the unit of the costs, as in budgets={{{resource!r}: 90e6}}"
-            raise InvalidProblem(f"the {resource} budget is no number but {budget!r}", hint=hint)
-        if math.isnan(budget):
-            raise InvalidProblem(f"the {resource} budget is NaN")
-    return {resource: float(budget) for resource, budget in given.items()}
+        hint = f"give it in the unit of the costs, as in budgets={{{resource!r}: 90e6}}"
+        checked[resource] = number(f"the {resource} budget", budget, hint)
+    return checked
 
 
-def objective(minimize: str, max_loss: float, costs: Mapping[str, object], losses: object) -> None:
+def objective(minimize: str, max_loss: object, costs: Mapping[str, object], losses: object) -> float:
+    """The limit on the loss, infinite where the loss is minimised."""
     if minimize not in (_LOSS, *costs):
         raise InvalidProblem(
             f"{minimize} cannot be minimised; there is loss and there are the costs {', '.join(costs)}"
         )
-    if math.isnan(max_loss):
-        raise InvalidProblem("max_loss is NaN")
-    if minimize == _LOSS and math.isfinite(max_loss):
+    limit = number("max_loss", max_loss)
+    if minimize == _LOSS and math.isfinite(limit):
         raise InvalidProblem("max_loss limits nothing while the loss is minimised", hint="say minimize=<a resource>")
     if minimize != _LOSS and losses is None:
         raise InvalidProblem(f"the least {minimize} within a loss needs losses")
+    return limit

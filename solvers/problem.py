@@ -155,7 +155,7 @@ class Problem:
         for group in groups:
             if not available[list(group)].all(axis=0).any():
                 raise InvalidProblem(f"the tied units {names.listed(group)} have no level in common")
-        check.objective(self.minimize, self.max_loss, tables, losses)
+        max_loss = check.objective(self.minimize, self.max_loss, tables, losses)
         self._fill(
             costs={resource: _sealed(table, available) for resource, table in tables.items()},
             budgets=check.budgets(self.budgets, tables),
@@ -167,7 +167,7 @@ class Problem:
             nested=check.nesting(self.nested, groups, names),
             interactions=check.pairs(self.interactions, names),
             minimize=self.minimize,
-            max_loss=float(self.max_loss),
+            max_loss=max_loss,
         )
 
     def _fill(self, **values: Any) -> None:

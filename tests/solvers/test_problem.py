@@ -61,7 +61,7 @@ def with_entry(table, unit, level, value):
         ({"interactions": {"qo": 1.0}}, ["'qo' is not a pair"]),
         ({"interactions": {(("q", 0), ("q", 1)): 1.0}}, ["q at 2b and q at 4b", "same unit"]),
         ({"interactions": {(("q", 0), ("o", 1)): 1.0, ((1, 1), (0, 0)): 1.0}}, ["q at 2b and o at 4b", "twice"]),
-        ({"interactions": {(("q", 0), ("o", 1)): math.nan}}, ["q at 2b and o at 4b", "nan"]),
+        ({"interactions": {(("q", 0), ("o", 1)): math.nan}}, ["q at 2b and o at 4b", "is NaN"]),
         ({"minimize": "ms"}, ["ms cannot be minimised", "bits"]),
         ({"minimize": "bits"}, ["needs losses"]),
         ({"losses": BITS, "max_loss": 1.0}, ["limits nothing"]),
@@ -401,6 +401,27 @@ def test_a_solution_may_stand_where_its_choice_may():
 def test_a_budget_that_is_no_number_is_told(budget: Any) -> None:
     with pytest.raises(InvalidProblem, match=r"the bytes budget is no number but .*\nhint: give it in the unit"):
         Problem({"bytes": np.ones((1, 1))}, {"bytes": budget})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"budgets": {"bytes": 10**400}},
+        {"budgets": {"bytes": -(10**400)}},
+        {"losses": [[10**400, 1.0], [2.0, 0.0]]},
+        {"costs": {"bytes": [[10**400, 2.0], [1.0, 2.0]]}},
+        {"budgets": {}, "minimize": "bytes", "max_loss": 10**400},
+        {"budgets": {}, "minimize": "bytes", "max_loss": "1"},
+        {"budgets": {}, "minimize": "bytes", "max_loss": None},
+        {"interactions": {((0, 0), (1, 1)): 10**400}},
+        {"interactions": {((0, 0), (1, 1)): None}},
+    ],
+)
+def test_what_no_float_can_hold_is_told_wherever_a_number_is_given(given: dict[str, Any]) -> None:
+    sound = {"costs": {"bytes": [[1.0, 2.0], [1.0, 2.0]]}, "budgets": {"bytes": 3}, "losses": [[3.0, 1.0], [2.0, 0.0]]}
+    Problem(**sound)
+    with pytest.raises(InvalidProblem, match=r"no number but|beyond what a float can hold|too large"):
+        Problem(**{**sound, **given})
 
 
 def test_large_amounts_are_told_digit_by_digit() -> None:
