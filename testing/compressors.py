@@ -439,6 +439,36 @@ def _pruned(case: _Case) -> None:
             demand(not lost.any(), f"{int((lost != 0).sum())} pruned weights of level {level.name} are not zero")
 
 
+def _zeros_as_said(case: _Case) -> None:
+    task = case.task()
+    for name, levels in case.run(task).items():
+        for level in levels:
+            share, pattern = level.recipe.get("sparsity"), level.recipe.get("pattern")
+            zeros = level.decode() == 0
+            if pattern is not None:
+                _demand_pattern(level, zeros, *map(int, pattern.split(":")))
+            elif share is not None:
+                gone = round(share * level.n_weights)
+                said = f"level {level.name} of {name} says that {share:.4g} of its {level.n_weights} weights are zero"
+                demand(zeros.sum() >= gone, f"{said}, and {int(zeros.sum())} are")
+                demand(level.parameters == level.n_weights - gone, f"{said}, and that it keeps {int(level.parameters)}")
+
+
+def _demand_pattern(level: Level, zeros: Tensor, n: int, m: int) -> None:
+    """N of every M neighbours are kept; of r at the end of a row ceil(r · N / M)."""
+    kept = 0
+    for start in range(0, level.shape[1], m):
+        group = zeros[:, start : start + m]
+        most = -(-group.shape[1] * n // m)
+        found = int((~group).sum(1).max())
+        demand(
+            found <= most,
+            f"level {level.name} says {n}:{m}, and {found} of columns {start} to {start + group.shape[1] - 1} are kept",
+        )
+        kept += most * len(zeros)
+    demand(level.parameters == kept, f"level {level.name} says that it keeps {int(level.parameters)}, not {kept}")
+
+
 def _errors(case: _Case) -> None:
     from layerwise.stages.levels.database import describe_levels
 
@@ -495,5 +525,6 @@ WEIGHTS: dict[str, Check] = {
     "a weight may have any shape, one row, one column and widths without a Hadamard matrix among them": _any_shape,
     "a statistic that was not gathered is missed": _not_gathered,
     "what an earlier pruning left at zero stays so": _pruned,
+    "a level has as many zeros as its recipe says, in that pattern": _zeros_as_said,
     "the error falls with the bits": _errors,
 }

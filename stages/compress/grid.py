@@ -16,6 +16,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, field_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry
+from layerwise.stages.contract import Params
 from layerwise.stages.levels.scales import WHOLE, Scales, nearest_float16, quantized_scales
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
 
 
-class GridParams(MenuEntry):
-    """Parameters of every method that rounds to a uniform grid."""
+class Grids(Params):
+    """Uniform grids: how wide their codes are, and which weights share one."""
 
     bits: Annotated[
         tuple[Annotated[int, Field(ge=2, le=8)], ...],
@@ -58,13 +59,27 @@ class GridParams(MenuEntry):
             raise ValueError("must be at least 1, or -1 for the whole row")
         return group_size
 
+    def grid_names(self) -> list[str]:
+        """`3b-g128`, `4b-row-asym`, ..., one for each number of bits."""
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        rest = [*([] if self.sym else ["asym"]), *self._name_suffixes()]
+        return ["-".join([f"{bits}b", group, *rest]) for bits in self.bits]
+
+    def _name_suffixes(self) -> list[str]:
+        """What else tells apart the levels of two menu entries of one method."""
+        return []
+
+    def columns_per_group(self, columns: int) -> int:
+        """Columns that share one scale, of a unit with so many; the last group may be shorter."""
+        return columns if self.group_size == -1 else min(self.group_size, columns)
+
+
+class GridParams(Grids, MenuEntry):
+    """Parameters of every method that rounds to a uniform grid."""
+
     def level_names(self) -> list[str]:
         """`gptq-3b-g128`, `rtn-4b-row-asym`, ..."""
-        group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        return [
-            "-".join([self.method, f"{bits}b", group, *([] if self.sym else ["asym"]), *self._name_suffixes()])
-            for bits in self.bits
-        ]
+        return [f"{self.method}-{name}" for name in self.grid_names()]
 
     def nominal_bits(self) -> tuple[int, ...]:
         """As they stand in the menu."""
@@ -75,14 +90,6 @@ class GridParams(MenuEntry):
         entry = super().again(level)
         one = self.bits[self.level_names().index(level)]
         return None if entry is None else entry.model_copy(update={"bits": (one,)})
-
-    def _name_suffixes(self) -> list[str]:
-        """What else tells apart the levels of two menu entries of this method."""
-        return []
-
-    def columns_per_group(self, columns: int) -> int:
-        """Columns that share one scale, of a unit with so many; the last group may be shorter."""
-        return columns if self.group_size == -1 else min(self.group_size, columns)
 
 
 class StoredGridParams(GridParams):

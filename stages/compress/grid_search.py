@@ -27,7 +27,7 @@ def search(members: Tensor, bits: int, *, sym: bool, importance: Tensor | None =
     Args:
         members: (size, ...), the weights of each group along the first dimension.
         bits: 2 to 8.
-        importance: (size,), what a squared error counts; None if all the same.
+        importance: (size,) or (size, ...), what a squared error counts; None if all the same.
     Returns:
         scale, with values that float16 holds (Inf where it does not), negative in some symmetric grids, and zero point,
         both (...).
@@ -44,7 +44,8 @@ def search(members: Tensor, bits: int, *, sym: bool, importance: Tensor | None =
         scale = scale * sign
         # What `quantize` and `dequantize` do, in one piece of memory; a whole number is exact on either side of a sum.
         error = (members / scale).round_().clamp_(-zero, 2**bits - 1 - zero).mul_(scale).sub_(members).square_()
-        found = [torch.tensordot(weigh, error, dims=1), scale, zero]
+        loss = torch.tensordot(weigh, error, dims=1) if weigh.dim() == 1 else error.mul_(weigh).sum(0)
+        found = [loss, scale, zero]
         better = found[0] < best[0] if best else None
         best = found if better is None else [torch.where(better, *pair) for pair in zip(found, best, strict=True)]
     _, scale, zero = best

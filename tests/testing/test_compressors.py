@@ -169,6 +169,16 @@ BROKEN: dict[str, tuple[type[MenuEntry], Make, str]] = {
     "wants even widths": (Honest, with_weights(lambda weight: weight.view(-1, 2).view(weight.shape)), "any shape"),
     "guesses what is missing": (Honest, guesses, "not gathered"),
     "fills in what was pruned": (Honest, fills_in, "earlier pruning"),
+    "claims a sparsity": (
+        Honest,
+        edited(lambda level: replace(level, recipe={**level.recipe, "sparsity": 0.5})),
+        "as many zeros",
+    ),
+    "claims a pattern": (
+        Honest,
+        edited(lambda level: replace(level, recipe={**level.recipe, "sparsity": 0.5, "pattern": "2:4"})),
+        "as many zeros",
+    ),
     "better with fewer bits": (Honest, scaled(lambda _, level: 1 + level.bits), "error falls"),
     "a parent with a shape": (
         Parents,

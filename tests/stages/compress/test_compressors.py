@@ -36,7 +36,17 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"bits": [1.5, 2.5], "state_bits": 10, "columns": 3, "scales": "row", "seed": 2},
     ],
     "trellis_nearest": [{"bits": [1, 2.5, 4], "state_bits": 10}],
-    "magnitude": [{"sparsity": [0.25, 0.5, 0.75]}],
+    "magnitude": [
+        {"sparsity": [0.25, 0.5, 0.75]},
+        {"pattern": ["3:4", "4:8", "1:7"]},
+        {"sparsity": 0.3, "then": {"bits": [2, 4], "group_size": 8}},
+    ],
+    "wanda": [
+        {"sparsity": [0.25, 0.5, 0.75]},
+        {"pattern": ["3:4", "4:8", "1:7"]},
+        {"pattern": "2:4", "then": {"bits": [2, 4, 8], "group_size": 7, "sym": False, "grid": "minmax"}},
+        {"sparsity": 0.3, "then": {"bits": [3, 6], "group_size": -1}},
+    ],
     "drop": [{}, {"units": ["attention", "mlp", "block"]}],
 }
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from layerwise.stages.compress.magnitude import Params, keep_largest, magnitude
+from layerwise.stages.compress.magnitude import Params, magnitude
+from layerwise.stages.compress.pruning import keep_largest
 from layerwise.stages.levels.level import Level
 from layerwise.stages.levels.mask import kept
 
