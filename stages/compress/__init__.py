@@ -37,6 +37,7 @@ COMPRESSORS = {
     "trellis": "layerwise.stages.compress.trellis:trellis",
     "trellis_nearest": "layerwise.stages.compress.trellis_nearest:trellis_nearest",
     "magnitude": "layerwise.stages.compress.magnitude:magnitude",
+    "sparsegpt": "layerwise.stages.compress.sparsegpt:sparsegpt",
     "wanda": "layerwise.stages.compress.wanda:wanda",
     "drop": "layerwise.stages.compress.drop:drop",
 }

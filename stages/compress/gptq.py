@@ -22,7 +22,7 @@ Inputs of the already compressed block: `gptq_sequential`; of all blocks before:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -32,6 +32,7 @@ from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, rtn
 from layerwise.stages.compress.grid import StoredGridParams, check_finite, dequantize, fit, grid_or_masked, quantize
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
+from layerwise.stages.compress.recursion import blocks, inverse_factor, pass_on
 from layerwise.stages.levels.scales import WHOLE, Scales
 
 if TYPE_CHECKING:
@@ -39,10 +40,6 @@ if TYPE_CHECKING:
 
     from layerwise.stages.levels.level import Level
     from layerwise.stages.models.network import Unit
-
-DAMP_STEP = 0.01
-LEAF = 8
-"""Columns that are corrected one by one; more are halved, and one half corrects the other by a matrix product."""
 
 MAX_ELEMENTS = 1 << 24
 """Weights, times bit-widths, that are worked on at a time: 128 MiB in float64. Rows do not depend on each other."""
@@ -243,33 +240,6 @@ def _plan(H: Tensor, rows: int, params: Params) -> _Plan:
     return _Plan(order, list(groups), {start: [g] for g, start in enumerate(starts)}, size, index)
 
 
-def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
-    """The upper triangular U with UᵀU = (H + damping)⁻¹, whose rows are GPTQ's corrections.
-
-    With J for reversal and L Lᵀ = J H J, U = J L⁻¹ J.
-
-    Args:
-        H: (in, in), float64 or float32.
-        damp_percent: share of the mean diagonal to add; raised in steps of 0.01 as long as H is not positive definite.
-    Returns:
-        U, and the share that was added.
-    Raises:
-        NotFinite: no share below 1 is enough.
-    """
-    import torch
-
-    used, mean = damp_percent, H.diagonal().mean()
-    while used < 1:
-        reversed_H = H.flip(0, 1)
-        reversed_H.diagonal().add_(used * mean)
-        L, failed = torch.linalg.cholesky_ex(reversed_H)
-        if not failed and L.isfinite().all():
-            eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-            return torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1), used
-        used = round(used + DAMP_STEP, 9)
-    raise NotFinite("the Hessian is not positive definite, whatever the damping", hint="calibrate again")
-
-
 @dataclass(frozen=True)
 class _Made:
     """Codes (in, bit-widths, out) uint8 in the plan's order, and by bit-width scales and zero points as of a level."""
@@ -409,45 +379,6 @@ def _quantize(
         Q = dequantize(q, scale[g], zero[g]) if kept is None else dequantize(q, scale[g], zero[g]) * kept[j]
         return ((W[j] - Q) / U[j, j]).view(-1)  # E = (W - Q) / [H⁻¹]_jj
 
-    def halves(err: Tensor, start: int, end: int) -> None:
-        """Columns start to end - 1, and what they leave to each other: W -= E [H⁻¹]_j, within the block."""
-        if end - start <= LEAF:
-            for j in range(start, end):
-                err[j - start] = column(j)
-                flat[j + 1 : end].addr_(U[j, j + 1 : end], err[j - start], alpha=-1)
-            return
-        middle = _middle(start, end, plan.group_size)
-        halves(err[: middle - start], start, middle)
-        flat[middle:end].addmm_(U[start:middle, middle:end].T, err[: middle - start], alpha=-1)
-        halves(err[middle - start :], middle, end)
-
-    for start, end in _blocks(columns, params.block_size, plan.group_size):
-        err = torch.empty_like(flat[start:end])
-        halves(err, start, end)
-        flat[end:].addmm_(U[start:end, end:].T, err, alpha=-1)  # and beyond it
-    if not W.isfinite().all():
-        raise NotFinite("the corrections of GPTQ overflow: the Hessian is close to singular", hint="raise damp_percent")
+    cuts = list(blocks(columns, params.block_size, [plan.group_size]))
+    pass_on(flat, U, column, cuts, [plan.group_size])
     return codes
-
-
-def _middle(start: int, end: int, group_size: int) -> int:
-    """Where to halve some columns: where a group starts, if one does."""
-    middle = (start + end) // 2
-    if group_size >= end - start:
-        return middle
-    return max(middle - middle % group_size, start + group_size - start % group_size)
-
-
-def _blocks(columns: int, block_size: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Cut the columns into blocks, none of which ends inside a group that started in it.
-
-    So whenever a group starts, its columns carry all corrections, or get them within the block.
-    """
-    start = 0
-    while start < columns:
-        end = min(start + block_size, columns)
-        whole = end - end % group_size
-        if end < columns and whole > start:
-            end = whole
-        yield start, end
-        start = end

@@ -115,8 +115,13 @@ class PruningParams(MenuEntry):
 
     def level_names(self) -> list[str]:
         """`wanda-50%`, `wanda-2:4`, `sparsegpt-50%-4b-g128`, ..."""
-        rest = [""] if self.then is None else [f"-{name}" for name in self.then.grid_names()]
+        grids = [] if self.then is None else [[name] for name in self.then.grid_names()]
+        rest = ["-".join(["", *grid, *self._name_suffixes()]) for grid in grids or [[]]]
         return [f"{self.method}-{amount.name}{end}" for amount in self.amounts for end in rest]
+
+    def _name_suffixes(self) -> list[str]:
+        """What else tells apart the levels of two menu entries of this method."""
+        return []
 
     def again(self, level: str) -> MenuEntry | None:
         """The same for the amount and the bits of that level."""

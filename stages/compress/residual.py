@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerwise.errors import NotFinite
-from layerwise.stages.compress.gptq import inverse_factor
 from layerwise.stages.compress.precision import working_dtype
+from layerwise.stages.compress.recursion import inverse_factor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,9 +25,9 @@ from pydantic import AliasChoices, BeforeValidator, Field, field_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry, Task
-from layerwise.stages.compress.gptq import inverse_factor
 from layerwise.stages.compress.grid import check_finite
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
+from layerwise.stages.compress.recursion import inverse_factor
 
 if TYPE_CHECKING:
     from torch import Tensor

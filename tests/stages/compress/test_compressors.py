@@ -41,6 +41,13 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"pattern": ["3:4", "4:8", "1:7"]},
         {"sparsity": 0.3, "then": {"bits": [2, 4], "group_size": 8}},
     ],
+    "sparsegpt": [
+        {"sparsity": [0.25, 0.5, 0.75]},
+        {"pattern": ["3:4", "4:8", "1:7"]},
+        {"sparsity": 0.5, "block_size": 3, "then": {"bits": [2, 4], "group_size": 8}},
+        {"pattern": "2:3", "damp_percent": 0.1, "then": {"bits": [2, 4], "group_size": 7, "sym": False}},
+        {"sparsity": 0.3, "then": {"bits": [3, 6], "group_size": -1, "grid": "minmax"}},
+    ],
     "wanda": [
         {"sparsity": [0.25, 0.5, 0.75]},
         {"pattern": ["3:4", "4:8", "1:7"]},

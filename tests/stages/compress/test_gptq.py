@@ -16,7 +16,8 @@ from torch import Tensor
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import gptq as gptq_module
-from layerwise.stages.compress.gptq import Params, inverse_factor, quantized
+from layerwise.stages.compress.gptq import Params, quantized
+from layerwise.stages.compress.recursion import inverse_factor
 from layerwise.stages.levels.grid import grid_columns
 from layerwise.stages.levels.level import Level
 from layerwise.stages.models.network import Unit, View

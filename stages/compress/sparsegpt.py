@@ -1,0 +1,316 @@
+"""`sparsegpt`: prune a layer column by column, and let the columns still to come make up for what goes.
+
+Every sparsity and every number of bits of a unit comes from one factorisation of one Hessian and goes through one loop
+over the columns, side by side (each M of an N:M pattern through one of its own). The mask of a block of 128 columns is
+chosen when the block is reached, that of an N:M group when the group is reached, so both see what earlier columns left.
+Where rounding follows (`then`), a kept weight is rounded when its column has its turn, and the columns to come make up
+for that as well. Grids are fitted to what is kept when their group is reached; of weights whose mask is chosen later,
+to what would be kept by then.
+
+Differences from the published program:
+- Counts are exact (`pruning.py`); it prunes one weight more in every block.
+- The linear algebra is in float64 (`precision.py`), and the factor of the inverse is computed as for `gptq`. If the
+  factorisation fails, damping rises in steps of 0.01, and the recipe keeps what was used.
+- Grids follow the corrections; it fits one to each row of the dense weight.
+
+Convolutions in groups are a layer for each group.
+
+Source: SparseGPT, arXiv:2301.00774, algorithm 1; section 3.5 for N:M and for rounding in the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import AliasChoices, Field
+
+from layerwise.errors import NotFinite
+from layerwise.stages.compress import Task, magnitude
+from layerwise.stages.compress.grid import check_finite, dequantize, fit, grid_or_masked, quantize
+from layerwise.stages.compress.precision import precision_recipe, working_dtype
+from layerwise.stages.compress.pruning import Amount, PruningParams, Then, grid_recipe, keep_pattern, least
+from layerwise.stages.compress.recursion import blocks, inverse_factor, pass_on
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layerwise.stages.levels.level import Level
+    from layerwise.stages.models.network import Unit
+
+MAX_ELEMENTS = 1 << 26
+"""Weights, times levels, that are worked on at a time, unless one level has more: 512 MiB in float64. A mask is chosen
+over all rows."""
+
+
+class Params(PruningParams):
+    """How much is pruned, damping, blocks."""
+
+    method: Literal["sparsegpt"] = "sparsegpt"
+    damp_percent: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        validation_alias=AliasChoices("damp_percent", "percdamp", "dampening_frac", "rel_damp"),
+        description="share of the Hessian's mean diagonal that is added to its diagonal",
+    )
+    block_size: int = Field(
+        128, ge=1, description="columns whose mask is chosen at a time, less if a group would be cut; not of N:M"
+    )
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def _name_suffixes(self) -> list[str]:
+        damping = [] if self.damp_percent == 0.01 else [f"damp{self.damp_percent:g}"]
+        return [*damping, *([] if self.block_size == 128 else [f"block{self.block_size}"])]
+
+    def refuses(self, unit: Unit) -> str | None:
+        """Nothing: a convolution in groups is several layers."""
+        return None
+
+    def fallback(self) -> magnitude.Params:
+        """The same amounts by magnitude."""
+        return magnitude.Params.model_validate(self.model_dump(include={"sparsity", "pattern", "then"}))
+
+
+def sparsegpt(task: Task, params: Params) -> Mapping[str, list[Level]]:
+    """Make one level for each amount, and for each number of bits of it, from one factorisation.
+
+    Returns:
+        levels in the order of `params.level_names`; values that are not rounded in the dtype of the checkpoint.
+    Raises:
+        NotFinite: NaN or Inf in the weight or the Hessian, a Hessian that is zero (no token reached the layer) or that
+            no damping makes positive definite, or weights that become too large for how they are stored.
+    """
+    hessian = task.statistic(task.unit, "hessian")
+    return {task.unit: pruned(task.weights[task.unit], hessian, params, keep=task.keep.get(task.unit))}
+
+
+def pruned(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor | None = None) -> list[Level]:
+    """The levels of one weight.
+
+    Args:
+        weight: (out, in), any float dtype; not changed.
+        hessian: (in, in), `X Xᵀ` of the calibration inputs; not changed. (groups, in, in) where equal parts of the rows
+            have inputs of their own.
+        keep: (out, in) bool, what an earlier pruning left.
+    """
+    import torch
+
+    check_finite("weight", weight)
+    check_finite("Hessian", hessian)
+    if not hessian.diagonal(dim1=-2, dim2=-1).any():
+        raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
+    hessians = hessian if hessian.dim() == 3 else hessian[None]
+    rows = len(weight) // len(hessians)
+    parts = [
+        _part(weight[first : first + rows], H, params, None if keep is None else keep[first : first + rows], first)
+        for first, H in zip(range(0, len(weight), rows), hessians, strict=True)
+    ]
+    used = max(damped for _, damped in parts)
+    dtype = working_dtype(weight.device)
+    recipe = {"damp_percent": params.damp_percent, "damp_percent_used": used, "block_size": params.block_size}
+    levels = []
+    for number, (name, variant) in enumerate(zip(params.level_names(), _variants(params), strict=True)):
+        made = [layers[number] for layers, _ in parts]
+        said: dict[str, Any] = {"method": params.method, **variant.amount.recipe, **recipe, **precision_recipe(dtype)}
+        kept = torch.cat([layer.keep for layer in made], 1).T
+        values = torch.cat([layer.values for layer in made], 1).T
+        if variant.bits is None:
+            levels.append(_values_level(name, said, values.to(weight.dtype), kept))
+            continue
+        assert params.then is not None
+        scale, zero = (torch.cat(part, 1).T for part in zip(*(layer.grids for layer in made), strict=True))
+        said |= grid_recipe(params.then, variant.bits)
+        levels.append(grid_or_masked(name, said, values, scale=scale, zero=zero, keep=kept))
+    return levels
+
+
+def _values_level(name: str, recipe: dict[str, Any], values: Tensor, keep: Tensor) -> Level:
+    from layerwise.stages.levels.mask import mask_level
+
+    if not values[keep].isfinite().all():
+        raise NotFinite(f"level {name}: what is kept becomes too large for {str(values.dtype)[6:]}")
+    return mask_level(name, recipe, values, keep)
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One level: how much goes, and how wide the codes of the rest are, None for values as they are."""
+
+    amount: Amount
+    bits: int | None
+
+    @property
+    def group(self) -> int:
+        """Columns of a group of its pattern; 1 without one."""
+        return 1 if self.amount.pattern is None else self.amount.pattern[1]
+
+
+def _variants(params: Params) -> list[_Variant]:
+    widths: Sequence[int | None] = [None] if params.then is None else params.then.bits
+    return [_Variant(amount, bits) for amount in params.amounts for bits in widths]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What was made of rows with one Hessian, as one level; columns stand first.
+
+    Args:
+        values: (in, rows), what is kept, float64, or its codes, uint8.
+        keep: (in, rows) bool.
+        grids: scale and zero point, each (groups, rows); none without rounding.
+    """
+
+    values: Tensor
+    keep: Tensor
+    grids: tuple[Tensor, ...]
+
+
+def _part(
+    weight: Tensor, hessian: Tensor, params: Params, keep: Tensor | None, first: int
+) -> tuple[list[_Layer], float]:
+    """Prune rows with one Hessian; gives their levels, and the damping that was used.
+
+    Args:
+        weight, hessian, keep: of these rows, as of `pruned`.
+        first: how many rows stand above them.
+    """
+    dtype = working_dtype(weight.device)
+    W, H = weight.detach().to(dtype).T, hessian.detach().to(weight.device, dtype, copy=True)
+    dead = H.diagonal() == 0
+    H.diagonal()[dead] = 1  # inputs that are always zero: their weights are free, and go first
+    W = W * ~dead[:, None]
+    U, used = inverse_factor(H, params.damp_percent)
+    variants = _variants(params)
+    at_a_time = max(1, MAX_ELEMENTS // W.numel())
+    layers = []
+    # Those of one M stand beside each other in the menu or not: each M has its own blocks.
+    order = sorted(range(len(variants)), key=lambda number: variants[number].group)
+    for _, same in groupby(order, key=lambda number: variants[number].group):
+        numbers = list(same)
+        for start in range(0, len(numbers), at_a_time):
+            some = numbers[start : start + at_a_time]
+            kept = None if keep is None else keep.T
+            made = _Pass(W, U, [variants[number] for number in some], params, kept, first).run()
+            layers += list(zip(some, made, strict=True))
+    return [layer for _, layer in sorted(layers, key=lambda pair: pair[0])], used
+
+
+class _Pass:
+    """One loop over the columns, for levels with groups of one size side by side.
+
+    Args:
+        weight: (in, rows).
+        U: (in, in), from `inverse_factor`.
+        before: (in, rows) bool, what an earlier pruning left.
+        first: rows of the unit above these.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        U: Tensor,
+        variants: Sequence[_Variant],
+        params: Params,
+        before: Tensor | None,
+        first: int,
+    ) -> None:
+        import torch
+
+        self.U, self.variants, self.then, self.before, self.first = U, variants, params.then, before, first
+        self.columns, self.rows = weight.shape
+        self.m = variants[0].group
+        self.W = weight[:, None].repeat(1, len(variants), 1)
+        self.keep = torch.ones(self.W.shape, dtype=torch.bool, device=weight.device)
+        self.costs = U.diagonal().square()  # an error of e in column j costs e² / U_jj²  (eq. 3)
+        self.size = 1
+        if self.then is not None:
+            self.size = self.then.columns_per_group(self.columns)
+            shape = (-(-self.columns // self.size), len(variants), self.rows)
+            self.scale, self.zero = self.W.new_empty(shape), self.W.new_empty(shape)
+            self.codes = torch.empty(self.W.shape, dtype=torch.uint8, device=weight.device)
+            self.max_code = self.W.new_tensor([[2 ** (variant.bits or 0) - 1] for variant in variants])
+        self.groups = (self.m, self.size)
+        self.cuts = list(blocks(self.columns, params.block_size, self.groups))
+        self.ends = dict(self.cuts)
+
+    def run(self) -> list[_Layer]:
+        """Go through the columns; gives what became of each variant."""
+        pass_on(self.W.view(self.columns, -1), self.U, self._column, self.cuts, self.groups)
+        made = []
+        for v in range(len(self.variants)):
+            grids = () if self.then is None else (self.scale[:, v], self.zero[:, v])
+            made.append(_Layer((self.W if self.then is None else self.codes)[:, v], self.keep[:, v], grids))
+        return made
+
+    def _column(self, j: int) -> Tensor:
+        """Choose what must be chosen, settle column j, and give its error."""
+        if self.m > 1:
+            if j % self.m == 0:
+                self._choose(j, min(j + self.m, self.columns))
+        elif j in self.ends:
+            self._choose(j, self.ends[j])
+        if self.then is not None and j % self.size == 0:
+            self._fit(j, min(j + self.size, self.columns), self.then)
+        w, keep = self.W[j], self.keep[j]
+        Q = w * keep
+        if self.then is not None:
+            scale, zero = self.scale[j // self.size], self.zero[j // self.size]
+            self.codes[j] = q = quantize(Q, scale, zero, self.max_code)
+            Q = dequantize(q, scale, zero) * keep
+        E = (w - Q) / self.U[j, j]
+        self.W[j] = Q
+        return E.view(-1)
+
+    def _choose(self, start: int, end: int) -> None:
+        """The masks of some columns, of every variant."""
+        for v in range(len(self.variants)):
+            self.keep[start:end, v] = self._chosen(start, end, v)
+
+    def _chosen(self, start: int, end: int, v: int) -> Tensor:
+        """What one variant keeps of some columns as they are now, (columns, rows) bool.
+
+        Of a share, all columns so far have lost as many weights as the share of theirs is, rounded.
+        """
+        saliency = self.W[start:end, v].square() / self.costs[start:end, None]  # (eq. 3)
+        before = None if self.before is None else self.before[start:end]
+        if before is not None:
+            saliency = saliency.where(before, -1)
+        amount = self.variants[v].amount
+        if amount.pattern is None:
+            keep = ~least(saliency, self._gone(end, amount.share) - self._gone(start, amount.share))
+        else:
+            keep = keep_pattern(saliency.T, amount.pattern).T
+        return keep if before is None else keep & before
+
+    def _gone(self, columns: int, share: float) -> int:
+        """Weights that are pruned in so many columns from the first.
+
+        What all rows lose is rounded over the rows of the whole unit, so that its parts add up.
+        """
+        above, with_these = (round(share * self.columns * rows) for rows in (self.first, self.first + self.rows))
+        return round((with_these - above) * columns / self.columns)
+
+    def _fit(self, start: int, end: int, then: Then) -> None:
+        """The grids of a group of columns, of every variant."""
+        from layerwise.stages.compress.grid_search import search
+
+        chosen = min(end, start + self.m if self.m > 1 else self._block_end(start))
+        importance = 1 / self.costs[start:end]
+        for v, variant in enumerate(self.variants):
+            keep = self.keep[start:end, v].clone()
+            if chosen < end:
+                keep[chosen - start :] = self._chosen(chosen, end, v)
+            members, bits = self.W[start:end, v] * keep, variant.bits
+            assert bits is not None
+            if then.grid == "minmax":
+                grids = fit(members.amin(0), members.amax(0), 2**bits - 1, then.sym)
+            else:
+                grids = search(members, bits, sym=then.sym, importance=importance)
+            self.scale[start // self.size, v], self.zero[start // self.size, v] = grids
+
+    def _block_end(self, column: int) -> int:
+        return next(end for start, end in self.cuts if start <= column < end)
