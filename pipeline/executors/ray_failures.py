@@ -23,15 +23,19 @@ def fetch(ray: Any, ref: Any) -> Any:
         raise error.cause from error
 
 
-def lost(ray: Any, item: str, error: Exception) -> LayerwiseError:
-    """The error to raise when Ray, or we, gave up on an item whose process died under it."""
+def lost(ray: Any, doing: str, error: Exception) -> LayerwiseError:
+    """The error to raise when Ray, or we, gave up on what processes die of.
+
+    Args:
+        doing: what they did, as in "working on shard-1".
+    """
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return StageFailed(
-            f"out of memory while working on {item}: {_first_line(error)}",
+            f"out of memory while {doing}: {_first_line(error)}",
             hint="give each item more cpus or state its memory, so that fewer run at a time; finished items are kept",
         )
     return StageFailed(
-        f"the process working on {item} died again and again: {_first_line(error)}",
+        f"the process {doing} died again and again: {_first_line(error)}",
         hint="`--executor inline` shows where it dies; finished items are kept",
     )
 

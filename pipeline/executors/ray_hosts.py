@@ -25,6 +25,14 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 """How often an item is tried whose hosts die under it."""
 
+LOADINGS = 10
+"""How many hosts in a row may die before they have loaded what answers items. That is no fault of an item."""
+
+NOTHING = 0
+"""The serial of a host that has loaded nothing."""
+
+_LOOK_SECONDS = 2.0  # how long a Ray that died may go unnoticed
+
 
 class Host:
     """What lives in the actor.
@@ -35,35 +43,35 @@ class Host:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._serial: int | None = None
         self._loaded: Callable[[Any], Any] | None = None
 
-    def ready(self) -> None:
-        """Answers as soon as this process runs."""
+    def load(self, factory: Callable[[], Callable[[Any], Any]]) -> None:
+        """Have `factory()` answer from now on."""
 
-    def answer(self, serial: int, factory: Callable[[], Callable[[Any], Any]], item: Any) -> tuple[Any, int]:
-        """The answer of `factory()`, loaded once per serial, and the peak resident memory of this process in bytes.
+        def load(factory: Callable[[], Callable[[Any], Any]]) -> None:
+            self._loaded = None  # first, so that two models are never held at a time
+            self._loaded = factory()
 
-        Loading happens at the first item, so a factory that fails raises like a call that fails.
-        """
+        measured(load, factory, self._threads)
 
-        def call(item: Any) -> Any:
-            if self._serial != serial:
-                self._loaded = None  # first, so that two models are never held at a time
-                self._loaded = factory()
-            self._serial = None  # what raises is not used again: nobody knows in which state it was left
-            assert self._loaded is not None
-            answer = self._loaded(item)
-            self._serial = serial
-            return answer
-
-        return measured(call, item, self._threads)
+    def answer(self, item: Any) -> tuple[Any, int]:
+        """The answer of what was loaded, and the peak resident memory of this process in bytes."""
+        assert self._loaded is not None
+        return measured(self._loaded, item, self._threads)
 
 
 @dataclass(frozen=True)
 class _Try:
     index: int
     attempt: int
+
+
+@dataclass
+class _Slot:
+    """A host, and the serial of what it has loaded, or is loading."""
+
+    host: Any
+    serial: int = NOTHING
 
 
 class Hosts:
@@ -73,22 +81,25 @@ class Hosts:
         ray: the module, connected.
         resources: what one host occupies.
         limit: the most hosts at a time.
+        check: raises if Ray itself died, for then every host did, and Ray says nothing of it for a minute.
     """
 
-    def __init__(self, ray: Any, resources: Resources, limit: int) -> None:
-        self._ray, self.resources, self.limit = ray, resources, limit
+    def __init__(self, ray: Any, resources: Resources, limit: int, check: Callable[[], None]) -> None:
+        self._ray, self.resources, self.limit, self._check = ray, resources, limit, check
         claims = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
         if resources.memory_bytes is not None:
             claims["memory"] = resources.memory_bytes
         self._actor = ray.remote(Host).options(**claims, max_restarts=0, max_task_retries=0)
-        self._serial = 0
-        self._idle: deque[Any] = deque()
-        self._starting: dict[Any, Any] = {}  # by the reference to `ready`; there may be no room for them yet
-        self._busy: dict[Any, tuple[_Try, Any]] = {}  # by the reference to the answer
+        self._serial = NOTHING
+        self._died_loading = 0  # in a row
+        self._idle: deque[_Slot] = deque()
+        self._loading: dict[Any, _Slot] = {}  # by the reference to `load`; there may be no room for them yet
+        self._busy: dict[Any, tuple[_Try, _Slot]] = {}  # by the reference to the answer
 
     def publish(self, factory: Callable[[], Callable[[Any], Any]]) -> tuple[int, Any]:
         """Make a factory known to all hosts; the result goes into `stream`."""
         self._serial += 1
+        self._died_loading = 0
         return self._serial, self._ray.put(factory)
 
     def stream(
@@ -99,66 +110,92 @@ class Hosts:
         waiting = deque(_Try(index, 1) for index in range(len(items)))
         try:
             while waiting or self._busy:
-                while waiting and self._idle:
-                    tried, host = waiting.popleft(), self._idle.popleft()
-                    self._busy[host.answer.remote(*published, items[tried.index])] = (tried, host)
-                self._start(len(waiting))
-                (ref,), _ = ray.wait([*self._busy, *self._starting], num_returns=1)
-                if ref in self._starting:
-                    self._started(ref, waiting, names)
-                    continue
-                tried, host = self._busy.pop(ref)
-                try:
-                    with naming(names[tried.index]):
-                        answer = fetch(ray, ref)
-                except ray.exceptions.RayError as error:
-                    ray.kill(host)
-                    waiting.appendleft(self._again(tried, names, error))
-                except Exception:
-                    self._idle.append(host)
-                    raise
-                else:
-                    self._idle.append(host)
-                    yield tried.index, answer
+                self._hand_out(waiting, items, published)
+                ready, _ = ray.wait([*self._busy, *self._loading], num_returns=1, timeout=_LOOK_SECONDS)
+                self._check()
+                for ref in ready:
+                    if ref in self._loading:
+                        self._take_in(ref, published[0], names[waiting[0].index] if waiting else None)
+                        continue
+                    tried, slot = self._busy.pop(ref)
+                    try:
+                        with naming(names[tried.index]):
+                            answer = fetch(ray, ref)
+                    except ray.exceptions.RayError as error:
+                        ray.kill(slot.host)
+                        waiting.appendleft(self._again(tried, names, error))
+                    except Exception:
+                        slot.serial = NOTHING  # what raised is not used again: nobody knows how it was left
+                        self._idle.append(slot)
+                        raise
+                    else:
+                        self._idle.append(slot)
+                        yield tried.index, answer
         finally:
             self._kill_busy()
 
-    def _start(self, wanted: int) -> None:
-        """Have as many hosts on their way as there are items for them, within the limit."""
-        while len(self._starting) < wanted and len(self._busy) + len(self._starting) < self.limit:
-            host = self._actor.remote(self.resources.threads)
-            self._starting[host.ready.remote()] = host
+    def _hand_out(self, waiting: deque[_Try], items: Sequence[Any], published: tuple[int, Any]) -> None:
+        """Give items to the hosts that have loaded what answers them, and have others load it, within the limit."""
+        serial, factory = published
+        loaded = [slot for slot in self._idle if slot.serial == serial]
+        for slot in loaded[: len(waiting)]:
+            self._idle.remove(slot)
+            tried = waiting.popleft()
+            self._busy[slot.host.answer.remote(items[tried.index])] = (tried, slot)
+        while len(self._loading) < len(waiting) and (self._idle or len(self._busy) + len(self._loading) < self.limit):
+            slot = self._idle.popleft() if self._idle else _Slot(self._actor.remote(self.resources.threads))
+            slot.serial = serial
+            self._loading[slot.host.load.remote(factory)] = slot
 
-    def _started(self, ref: Any, waiting: deque[_Try], names: Sequence[str]) -> None:
-        """Take in a host that runs; one that died at its start counts as a try of the item that waited for it."""
-        host = self._starting.pop(ref)
+    def _take_in(self, ref: Any, serial: int, name: str | None) -> None:
+        """A host that runs and has loaded something, or died before that, which is no fault of an item.
+
+        Args:
+            ref: to its loading.
+            serial: of what is wanted now; it may have been told to load something for a call that has ended.
+            name: of the item that waits for it.
+        Raises:
+            Exception: what it raised while it loaded for that item, as if answering it did.
+        """
+        slot = self._loading.pop(ref)
         try:
-            fetch(self._ray, ref)
+            with naming(name or "nothing"):
+                fetch(self._ray, ref)
         except self._ray.exceptions.RayError as error:
-            self._ray.kill(host)
-            if waiting:
-                waiting.appendleft(self._again(waiting.popleft(), names, error))
+            self._ray.kill(slot.host)
+            self._died_loading += 1
+            again = not isinstance(error, self._ray.exceptions.OutOfMemoryError)  # or it would run out of it again
+            if self._died_loading >= (LOADINGS if again else ATTEMPTS):
+                raise lost(self._ray, "loading", error) from error
+            logger.info("a process died while it was loading: starting another")
+        except Exception:
+            wanted = slot.serial == serial and name is not None
+            slot.serial = NOTHING
+            self._idle.append(slot)
+            if wanted:
+                raise
         else:
-            self._idle.append(host)
+            self._died_loading = 0
+            self._idle.append(slot)
 
     def _again(self, tried: _Try, names: Sequence[str], error: Exception) -> _Try:
         """The next try of an item whose host died under it."""
         name = names[tried.index]
         if tried.attempt == ATTEMPTS:
-            raise lost(self._ray, name, error) from error
+            raise lost(self._ray, f"working on {name}", error) from error
         logger.info("a process died while working on %s: starting another", name)
         return _Try(tried.index, tried.attempt + 1)
 
     def close(self) -> None:
         """End every host."""
         self._kill_busy()
-        while self._starting:
-            self._ray.kill(self._starting.popitem()[1])
+        while self._loading:
+            self._ray.kill(self._loading.popitem()[1].host)
         while self._idle:
-            self._ray.kill(self._idle.pop())
+            self._ray.kill(self._idle.pop().host)
 
     def _kill_busy(self) -> None:
         """After a failure nobody waits for the others; a later call starts fresh hosts in their place."""
         while self._busy:
-            _, (_, host) = self._busy.popitem()
-            self._ray.kill(host)
+            _, (_, slot) = self._busy.popitem()
+            self._ray.kill(slot.host)

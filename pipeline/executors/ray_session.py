@@ -89,8 +89,25 @@ class RaySession:
         ray = self.ray()
         if self._hosts is None or self._hosts.resources != resources:
             self._close_hosts()
-            self._hosts = Hosts(ray, resources, limit)
+            self._hosts = Hosts(ray, resources, limit, self._check_alive)
         return self._hosts
+
+    def _check_alive(self) -> None:
+        """Raise if a process of the Ray that was started here ended.
+
+        Ray itself says nothing of it, or ends this process a minute later, or blames the item that was worked on.
+        """
+        node: Any = getattr(_private_worker(self._ray), "_global_node", None)
+        if self._folder is None or not hasattr(node, "dead_processes"):
+            return
+        for name, process in node.dead_processes():
+            code = process.returncode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            raise LayerwiseError(
+                f"Ray's own process {name} on this machine {how}, and all worker processes went with it",
+                hint="finished items are kept; where the machine ran out of memory, state that of an item "
+                "(`resources`), so that fewer run at a time; `--executor inline` needs no Ray",
+            )
 
     def close(self) -> None:
         """Take down the Ray that this session started; one that was found running goes on, without our processes."""
@@ -216,12 +233,16 @@ def _make_token_private() -> None:
         return
 
 
+def _private_worker(ray: Any) -> Any:
+    """The module of Ray with what it has no switch for. Its names are private: do without what is not there."""
+    return getattr(getattr(ray, "_private", None), "worker", None)
+
+
 def _log_instead_of_print(ray: Any) -> None:
-    """Ray has no switch for this. The name is private, so a Ray without it keeps its own way."""
 
     def log(data: Mapping[str, Any], **_: object) -> None:
         logger.info("Ray: %s", " ".join(data.get("lines", ())))
 
-    worker: Any = getattr(getattr(ray, "_private", None), "worker", None)
+    worker = _private_worker(ray)
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = log

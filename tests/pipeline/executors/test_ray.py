@@ -20,7 +20,7 @@ import pytest
 from layerwise.errors import StageFailed, UsageError
 from layerwise.pipeline.executors import RawExecutor, Resources
 from layerwise.pipeline.executors import ray_session as ray_session_module
-from layerwise.pipeline.executors.ray_hosts import ATTEMPTS
+from layerwise.pipeline.executors.ray_hosts import ATTEMPTS, LOADINGS
 
 
 @pytest.fixture
@@ -82,6 +82,13 @@ def raise_what_cannot_be_sent(item: int) -> int:
     raise ValueError(threading.Lock())
 
 
+def die_while_loading(folder: Path, times: int) -> Callable[[int], int]:
+    """A factory whose process is killed so many times before it has loaded."""
+    if begin(folder, 0) < times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return abs
+
+
 def loaded(call: Callable[[Path, int], int], folder: Path) -> Callable[[int], int]:
     return partial(call, folder)
 
@@ -132,6 +139,50 @@ def test_an_item_whose_replicas_always_die_fails_by_name(executor: RawExecutor, 
             ordered(replicas.stream([0, 1]))
         assert len(list(tmp_path.glob("1-*"))) == 3
         assert ordered(replicas.stream([2])) == [2]
+
+
+@pytest.mark.ray
+def test_dying_while_loading_is_no_fault_of_an_item(executor: RawExecutor, tmp_path: Path) -> None:
+    with executor.replicas(partial(die_while_loading, tmp_path, ATTEMPTS + 2)) as replicas:
+        assert ordered(replicas.stream([-1, 2, -3])) == [1, 2, 3]
+
+
+@pytest.mark.ray
+def test_processes_that_never_load_end_the_call(executor: RawExecutor, tmp_path: Path) -> None:
+    with (
+        executor.replicas(partial(die_while_loading, tmp_path, 100)) as replicas,
+        pytest.raises(StageFailed, match="the process loading died again and again"),
+    ):
+        ordered(replicas.stream([1, 2]))
+    assert LOADINGS <= len(list(tmp_path.iterdir())) <= LOADINGS + 1, "two load at a time"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("process", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
+def test_a_process_of_rays_own_that_is_killed_is_told_at_once(process: str) -> None:
+    script = f"""
+import os, signal, threading, time
+from pathlib import Path
+from layerwise.errors import LayerwiseError
+from layerwise.pipeline.executors import open_executor
+def kill():
+    time.sleep(1)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and "({process})" in (entry / "stat").read_text():
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid():
+                os.kill(int(entry.name), signal.SIGKILL)
+executor = open_executor("ray")
+assert executor.workers
+threading.Thread(target=kill).start()
+try:
+    list(executor.stream(time.sleep, [50]))
+except LayerwiseError as error:
+    print(error.message)
+executor.close()
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=45)
+    assert run.stdout.startswith(f"Ray's own process {process} on this machine was killed by SIGKILL"), run.stdout
 
 
 @pytest.mark.ray
@@ -201,7 +252,7 @@ def main(tries):
     with tempfile.NamedTemporaryFile() as tries:
         command = [sys.executable, "-c", f"{script}\nmain({tries.name!r})"]
         run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    assert run.stdout == "out of memory while working on the large xx\n"
+    assert run.stdout == f"out of memory while working on the large {'x' * ATTEMPTS}\n"
 
 
 def test_an_executor_that_is_never_used_imports_no_ray() -> None:
