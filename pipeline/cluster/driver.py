@@ -28,7 +28,9 @@ def main() -> None:
     _check_python()
     from layerwise.errors import LayerwiseError
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) is not signal.SIG_IGN:
+            signal.signal(name, _interrupt)
     try:
         results, run, number, nonce = sys.argv[1:]
         drive(Path(results), run, int(number), nonce)

@@ -80,9 +80,10 @@ def test_an_attempt_that_has_begun_is_not_begun_again(run: Run) -> None:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """What the program changes in this process is put back."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
@@ -99,10 +100,11 @@ def test_a_mistake_is_told_with_its_hint_and_exit_code(
     assert capsys.readouterr().err.startswith("error: the results folder /nowhere is not visible on ")
 
 
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGHUP])
 def test_a_job_that_is_stopped_ends_with_exit_code_3(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "drive", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(driver, "drive", lambda *_: signal.raise_signal(name))
     assert ended(monkeypatch, "/nowhere", "run", "1", "x") == 3
     assert "what is finished is kept" in capsys.readouterr().err
 
