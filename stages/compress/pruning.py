@@ -17,6 +17,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, field_validator, mode
 
 from layerwise.stages.compress import MenuEntry
 from layerwise.stages.compress.grid import Grids, fit, grid_or_masked, quantize
+from layerwise.stages.levels.mask import mask_level, n_and_m
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ class PruningParams(MenuEntry):
         """Shares, then patterns, in their order."""
         found = [Amount(percent(share), share) for share in self.sparsity]
         for text in self.pattern:
-            n, m = map(int, text.split(":"))
+            n, m = n_and_m(text)
             found.append(Amount(text, 1 - n / m, (n, m)))
         return found
 
@@ -248,8 +249,6 @@ def pruned_levels(
     Raises:
         NotFinite: a kept weight is too large for a float16 scale.
     """
-    from layerwise.stages.levels.mask import mask_level
-
     names = iter(params.level_names())
     levels = []
     for amount, keep in zip(params.amounts, keeps, strict=True):

@@ -1,10 +1,7 @@
-"""`mask`: pruned weights: one bit for each weight, and the values of those that are kept.
+"""`mask`: pruned weights: which are kept, and their values.
 
-    mask     uint8 (out, ceil(in / 8))   bit i % 8 of byte i // 8 of a row: the weight of column i is kept
-    values   (kept,)                     row by row, in the dtype of the checkpoint
-
-The bitmask is the index, and it is counted. Below about one weight kept in sixteen a list of columns would be smaller;
-that is left out, for no network survives it.
+mask     which are kept, layerwise.stages.levels.index
+values   (kept,)                     row by row, in the dtype of the checkpoint
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerwise.kernels import labels
+from layerwise.stages.levels.index import index_bits, read_index, store_index
 from layerwise.stages.levels.level import Level
 
 if TYPE_CHECKING:
@@ -21,42 +19,50 @@ if TYPE_CHECKING:
     from layerwise.kernels.packed import Packed
 
 
-def mask_level(name: str, recipe: dict[str, Any], weight: Tensor, keep: Tensor) -> Level:
+KERNEL_GROUP = 16
+"""Greatest M that a kernel takes."""
+
+
+def mask_level(name: str, recipe: Mapping[str, Any], weight: Tensor, keep: Tensor) -> Level:
     """Encode a pruned weight as a level.
 
     Args:
         name: the level's.
-        recipe: with `method` and `sparsity`; `encoding` is added.
+        recipe: with `method` and `sparsity`, and `pattern` or `block` if the mask has one; what reading it takes is
+            added.
         weight: (out, in), in the dtype to be stored.
         keep: (out, in) bool.
     """
     rows, columns = weight.shape
-    tensors = {"mask": pack_mask(keep), "values": weight.detach()[keep]}
+    tensors, index = masked(keep, recipe)
+    tensors["values"] = weight.detach()[keep]
     dtype = str(weight.dtype).removeprefix("torch.")
-    return Level(name, {"encoding": "mask", "dtype": dtype, **recipe}, (rows, columns), tensors)
+    return Level(name, {"encoding": "mask", "dtype": dtype, **recipe, **index}, (rows, columns), tensors)
 
 
-def pack_mask(keep: Tensor) -> Tensor:
-    """(out, in) bool to (out, ceil(in / 8)) uint8."""
-    import torch
-    from torch.nn.functional import pad
-
-    rows, columns = keep.shape
-    bits = pad(keep.to(torch.uint8), (0, -columns % 8)).view(rows, -1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=keep.device)).sum(2, dtype=torch.uint8)
-
-
-def unpack_mask(mask: Tensor, columns: int) -> Tensor:
-    """Undo `pack_mask`."""
-    import torch
-
-    bits = mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (bits & 1).bool().flatten(1)[:, :columns]
+def masked(keep: Tensor, recipe: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The mask of a level and what its recipe says of it, given what was asked for: `pattern`, `block`."""
+    pattern, block = recipe.get("pattern"), recipe.get("block")
+    return store_index(keep, None if pattern is None else n_and_m(pattern), None if block is None else tuple(block))
 
 
 def kept(level: Level) -> Tensor:
     """(out, in) bool: what a pruned level keeps."""
-    return unpack_mask(level.tensors["mask"], level.shape[1])
+    return read_index(level)
+
+
+def n_and_m(pattern: str) -> tuple[int, int]:
+    """Of `2:4`, 2 and 4."""
+    n, m = pattern.split(":")
+    return int(n), int(m)
+
+
+def kernel_pattern(recipe: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(N, M) of a level that a kernel for N:M takes: of 16-bit values in groups of at most 16; None for others."""
+    if "pattern" not in recipe or recipe["dtype"] not in ("float16", "bfloat16"):
+        return None
+    n, m = n_and_m(recipe["pattern"])
+    return (n, m) if m <= KERNEL_GROUP else None
 
 
 class Mask:
@@ -77,7 +83,7 @@ class Mask:
     @staticmethod
     def stored_bits(level: Level) -> int:
         values = level.tensors["values"]
-        return level.n_weights + int(values.numel() * 8 * values.element_size())
+        return index_bits(level) + int(values.numel() * 8 * values.element_size())
 
     @staticmethod
     def parameters(level: Level) -> int:
@@ -85,13 +91,20 @@ class Mask:
 
     @staticmethod
     def pack(level: Level) -> Packed | None:
+        from layerwise.kernels.n_m_sparse import NMSparse
         from layerwise.kernels.unstructured import DTYPES, MAX_COLUMNS, Unstructured
 
         values = level.tensors["values"]
+        pattern = kernel_pattern(level.recipe)
+        if pattern is not None:
+            return NMSparse.pack(level.decode(), *pattern, dtype=values.dtype)
         if values.dtype not in DTYPES or level.shape[1] > MAX_COLUMNS:
             return None
         return Unstructured.from_mask(kept(level), values)
 
     @staticmethod
     def label(recipe: Mapping[str, Any]) -> str:
+        pattern = kernel_pattern(recipe)
+        if pattern is not None:
+            return labels.n_m_sparse(*pattern, recipe["dtype"])
         return labels.unstructured(round(100 * recipe["sparsity"]), recipe["dtype"])

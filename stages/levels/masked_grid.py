@@ -1,6 +1,6 @@
-"""`masked_grid`: pruned and quantized: one bit for each weight, and codes for those that are kept.
+"""`masked_grid`: pruned and quantized: which weights are kept, and codes for those.
 
-    mask    uint8 (out, ceil(in / 8))               as of `mask`
+    mask    which are kept                          layerwise.stages.levels.index
     codes   int32 (1, ceil(kept · bits / 32))       of the kept weights, row by row, packed as one row
     scale, zero, g_idx, ...                         as of `grid`
 
@@ -21,8 +21,9 @@ from layerwise.stages.levels.grid import (
     group_grids,
     reading,
 )
+from layerwise.stages.levels.index import index_bits
 from layerwise.stages.levels.level import Level
-from layerwise.stages.levels.mask import kept, pack_mask
+from layerwise.stages.levels.mask import kept, masked
 from layerwise.stages.levels.scales import Scales
 
 if TYPE_CHECKING:
@@ -53,11 +54,12 @@ def masked_grid_level(
 
     from layerwise.kernels.packing import pack
 
-    tensors = {"mask": pack_mask(keep), "codes": pack(codes.to(torch.uint8)[keep][None], recipe["bits"])}
+    tensors, index = masked(keep, recipe)
+    tensors["codes"] = pack(codes.to(torch.uint8)[keep][None], recipe["bits"])
     tensors |= grid_tensors(name, recipe, scale=scale, zero=zero, group=group, input_scale=input_scale)
     rows, columns = codes.shape
     reads = reading(scale, input_scale)
-    return Level(name, {"encoding": "masked_grid", **recipe, **reads}, (rows, columns), tensors)
+    return Level(name, {"encoding": "masked_grid", **recipe, **index, **reads}, (rows, columns), tensors)
 
 
 def whole_grid(level: Level) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -112,7 +114,7 @@ class MaskedGrid:
     @staticmethod
     def stored_bits(level: Level) -> int:
         codes = MaskedGrid.parameters(level) * level.recipe["bits"]
-        return int(level.n_weights + codes + grid_overhead_bits(level))
+        return int(index_bits(level) + codes + grid_overhead_bits(level))
 
     @staticmethod
     def parameters(level: Level) -> int:

@@ -2,7 +2,7 @@
 
     stream   uint8 (bytes,)    the bits of all sequences, layerwise.kernels.trellis_code
     scale    float32 (1,), or float16 (out,): one for each row
-    mask     uint8 (out, ceil(in / 8))   as of `mask`, where an earlier pruning left one; such a weight is not turned
+    mask     what an earlier pruning left, if there was one, as of `mask`; such a weight is not turned
 
 With C the values of the stream's states, the weight is R_outᵀ (scale · C) R_in; the rotations are computed from a seed
 (layerwise.kernels.hadamard) and take no bytes. All is additions and products of single numbers in a fixed order: a
@@ -50,15 +50,14 @@ def trellis_level(
     """
     import torch
 
-    from layerwise.stages.levels.mask import pack_mask
+    from layerwise.stages.levels.index import store_index
 
     stored = scale.to(torch.float32 if len(scale) == 1 else torch.float16)
     if not stored.isfinite().all():
         raise NotFinite(f"level {name}: the weights are too large for a {str(stored.dtype)[6:]} scale")
-    tensors = {"stream": stream, "scale": stored}
-    if keep is not None:
-        tensors["mask"] = pack_mask(keep)
-    return Level(name, {"encoding": "trellis", **recipe}, shape, tensors)
+    tensors, index = ({}, {}) if keep is None else store_index(keep)
+    tensors |= {"stream": stream, "scale": stored}
+    return Level(name, {"encoding": "trellis", **recipe, **index}, shape, tensors)
 
 
 def tiles_of(level: Level) -> Tiles:
@@ -89,7 +88,9 @@ class Trellis:
 
     @staticmethod
     def stored_bits(level: Level) -> int:
-        mask = level.n_weights if "mask" in level.tensors else 0
+        from layerwise.stages.levels.index import index_bits
+
+        mask = index_bits(level) if "mask" in level.tensors else 0
         scale = level.tensors["scale"]
         return int(8 * level.tensors["stream"].numel() + 8 * scale.element_size() * scale.numel() + mask)
 

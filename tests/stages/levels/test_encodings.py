@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.kernels.trellis_code import Tiles
+from layerwise.stages.compress.pruning import keep_pattern
 from layerwise.stages.levels.adapted import with_adapter
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.grid import grid_level
@@ -90,11 +91,13 @@ def levels() -> dict[str, list[Level]]:
         found["masked_grid"].append(masked_grid_level(name, dict(recipe), codes, keep=keep, **parts))  # type: ignore[arg-type]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found["dense"].append(dense_level(weight(dtype)))
-        for mask in (keep, torch.zeros_like(keep), torch.ones_like(keep)):
+        for mask in (keep, weight() > 1.5, torch.zeros_like(keep), torch.ones_like(keep)):
             share = 1 - mask.float().mean().item()
             found["mask"].append(
                 mask_level(f"{dtype}-{share:.2f}", {"method": "made up", "sparsity": share}, weight(dtype), mask)
             )
+        pattern = {"method": "made up", "sparsity": 0.5, "pattern": "2:4"}
+        found["mask"].append(mask_level(f"{dtype}-2:4", pattern, weight(dtype), keep_pattern(weight().abs(), (2, 4))))
     found["trellis"] = list(trellises(keep))
     found["adapted"] = list(adapters([some[0] for name, some in found.items() if some]))
     return found | {name: [parent_level(name)] for name in ("keep", "drop")}

@@ -18,8 +18,9 @@ from layerwise.stages.levels.adapted import with_adapter
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.files import open_unit, read_level, write_unit
 from layerwise.stages.levels.grid import grid_columns
+from layerwise.stages.levels.index import pack_mask, unpack_mask
 from layerwise.stages.levels.level import ENCODINGS, Level, find_encoding
-from layerwise.stages.levels.mask import kept, mask_level, pack_mask, unpack_mask
+from layerwise.stages.levels.mask import kept, mask_level
 from layerwise.stages.levels.masked_grid import masked_grid_level
 from layerwise.stages.levels.parent import parent_level
 from layerwise.stages.levels.trellis import trellis_level
@@ -135,6 +136,16 @@ def pruned(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return torch.randn((rows, columns), generator=generator).to(dtype), keep
 
 
+def mask_size(level: Level) -> tuple[int, int]:
+    """Bits and bytes of the mask: one for each weight, rows from whole bytes, or as many as `test_index.py` counts."""
+    rows, columns = level.shape
+    index = level.recipe.get("index")
+    if index is None:
+        return rows * columns, rows * -(-columns // 8)
+    assert index["bits"] < rows * columns
+    return index["bits"], -(-index["bits"] // 8)
+
+
 @given(pruned())
 def test_a_mask_is_numpys_packed_bits_and_comes_back(case: tuple[Tensor, Tensor]) -> None:
     _, keep = case
@@ -153,8 +164,9 @@ def test_a_pruned_level_is_its_kept_weights_and_zeros(case: tuple[Tensor, Tensor
     count, width, (rows, columns) = int(keep.sum()), 8 * weight.element_size(), weight.shape
     assert level.parameters == count
     assert level.bits == count * width / (rows * columns)
-    assert level.stored_bits == rows * columns + count * width  # one bit of mask for each weight, and the values
-    assert level.size_bytes == rows * -(-columns // 8) + count * weight.element_size()
+    bits, size = mask_size(level)
+    assert level.stored_bits == bits + count * width
+    assert level.size_bytes == size + count * weight.element_size()
     assert level.costs["flops"] == 2 * count
 
 
@@ -175,11 +187,12 @@ def test_a_pruned_grid_is_the_grid_with_zeros_for_what_is_pruned(
     count = int(keep.sum())
     overhead = rows * groups * (16 + (0 if sym else bits)) + (32 * columns if ordered else 0)
     assert level.parameters == count
-    assert level.stored_bits == rows * columns + count * bits + overhead
+    mask_bits, mask_bytes = mask_size(level)
+    assert level.stored_bits == mask_bits + count * bits + overhead
     assert level.bits == count * bits / (rows * columns)
     zeros = 0 if sym else 4 * -(-rows * groups * bits // 32)
     index = 4 * columns if ordered else 0
-    assert level.size_bytes == rows * -(-columns // 8) + 4 * -(-count * bits // 32) + 2 * rows * groups + zeros + index
+    assert level.size_bytes == mask_bytes + 4 * -(-count * bits // 32) + 2 * rows * groups + zeros + index
 
 
 # --- parents, and what all encodings have in common ---

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from layerwise.kernels.dense import Dense
+from layerwise.kernels.n_m_sparse import NMSparse
 from layerwise.kernels.packed import rebuild
 from layerwise.kernels.packing import pack
+from layerwise.kernels.unstructured import Unstructured
 from layerwise.stages.apply.packed import pack_or_dense
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.grid import KERNEL_BITS
@@ -99,6 +101,22 @@ def test_a_packed_mask_is_the_decoded_level_bit_for_bit(
     assert packed is not None
     assert torch.equal(packed.dense(), level.decode())
     assert torch.equal(rebuild(packed.settings, packed.tensors).dense(), level.decode())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:3", "8:16", "16:32"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pattern_is_packed_for_its_kernel_where_there_is_one(
+    make_levels: Callable[..., list[Level]], shape: tuple[int, int], pattern: str, dtype: torch.dtype
+) -> None:
+    """For N:M kernels with values of 16 bits and groups of 16 at most; others as single weights."""
+    (level,) = make_levels("magnitude", random_weight(shape).to(dtype), pattern=pattern)
+    packed = level.encoding.pack(level)
+    taken = dtype != torch.float32 and pattern != "16:32"
+    assert isinstance(packed, NMSparse if taken else Unstructured)
+    assert torch.equal(packed.dense(), level.decode())
+    assert torch.equal(rebuild(packed.settings, packed.tensors).dense(), level.decode())
+    assert (level.encoding.label(level.recipe) == packed.label) or not taken
 
 
 def test_what_no_kernel_takes_runs_as_its_dense_weight(make_levels: Callable[..., list[Level]]) -> None:
