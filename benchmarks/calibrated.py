@@ -185,3 +185,6 @@ class Weights:
 
     def drops(self, unit: str, level: int) -> bool:
         return False
+
+    def narrows(self, unit: str, level: int) -> dict[str, int]:
+        return {}

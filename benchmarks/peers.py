@@ -61,6 +61,9 @@ class Candidate:
     def drops(self, unit: str, level: int) -> bool:
         return False
 
+    def narrows(self, unit: str, level: int) -> dict[str, int]:
+        return {}
+
 
 def sequences(text: str, tokens: int) -> Tensor:
     """(sequences, LENGTH) int64, spread over a text of the demo."""

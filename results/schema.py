@@ -108,7 +108,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "fingerprint": "string",
         "quality": "float64",  # on a CPU: process time over wall time while it was measured
         # measured, no_kernel (timed as the dense weight), fitted (the rest), in_rest (no linear layer: it runs decoded,
-        # or not at all), not_offered, nan (no such level)
+        # or not at all), not_offered, not_timed (a narrower half-block), nan (no such level)
         "status": "string",
     },
     "candidates": {

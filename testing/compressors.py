@@ -58,7 +58,7 @@ def compressor_promises(name: str, menus: Sequence[Menu]) -> list[Promise]:
         case = _Case(name, compressor, entry)
         kept = dict(EVERY)
         if entry.level_names():
-            kept |= PARENTS if entry.parents() else WEIGHTS
+            kept |= HALVES if entry.scope == "half" else PARENTS if entry.parents() else WEIGHTS
         found += [Promise(f"method {name}, menu {number}", text, partial(check, case)) for text, check in kept.items()]
     return found
 
@@ -105,6 +105,8 @@ class _Case:
             fewer: what is done to the inputs that a statistic is taken of, (rows, in).
             shape: of the weight; not of a block.
         """
+        if self.entry.scope == "half":
+            return self._half(edit or _as_it_is, keep, spoil or _as_it_is, fewer or _as_it_is)
         if self.entry.parents():
             parents = {role: replace(example_unit(0, 0), name=role, role=cast(Role, role)) for role in self._roles}
             return Task({}, self._no_statistic, parents)
@@ -122,6 +124,22 @@ class _Case:
             weights = {name: weight * masks[name] for name, weight in weights.items()}
         statistic = partial(self._statistic, units, spoil or _as_it_is, fewer or _as_it_is)
         return Task(weights, statistic, units, masks, block)
+
+    def _half(self, edit: Edit, keep: bool, spoil: Edit, fewer: Edit) -> Task:
+        """A half-block of the tiny block, of the first role that the entry narrows."""
+        from layerwise.stages.models.channels import Channels
+        from layerwise.stages.models.find_channels import channels_of
+
+        block, given = self.block
+        half = next(half for half in block.network.parents if half.role == self._roles[0])
+        channels = channels_of(block.network)[half.name]
+        assert isinstance(channels, Channels)
+        inside = {unit.name: unit for unit in block.units if unit.name in channels.units}
+        weights = {name: edit(given[name].clone()) for name in inside}
+        masks = {name: random_inputs(9, *weight.shape) > 0.5 for name, weight in weights.items()} if keep else {}
+        weights = {name: weight * masks[name] if keep else weight for name, weight in weights.items()}
+        statistic = partial(self._statistic, inside, spoil, fewer)
+        return Task(weights, statistic, {half.name: half, **inside}, masks, channels=channels)
 
     def run(self, task: Task) -> Mapping[str, list[Level]]:
         """What the method makes of a task."""
@@ -302,7 +320,7 @@ def _remade(case: _Case) -> list[Tensor]:
     """Every statistic that the method may read, taken anew."""
     task = case.task()
     names = [name for name in case.entry.needs if find_statistic(name).of != "hidden"]
-    return [task.statistic(unit, name) for unit in task.units for name in names]
+    return [task.statistic(unit, name) for unit in task.weights for name in names]
 
 
 def _bfloat16(case: _Case) -> None:
@@ -324,6 +342,8 @@ def _demand_equal_weights(
 
     for name, levels in expected.items():
         for one, other in zip(found[name], levels, strict=True):
+            if not one.n_weights:
+                continue  # of a half-block
             weight = other.decode()
             if rounded and one.recipe.get("dtype") == "bfloat16":
                 weight = weight.bfloat16().float()
@@ -434,13 +454,14 @@ def _not_gathered(case: _Case) -> None:
 def _demand_finite(made: Mapping[str, list[Level]]) -> None:
     for name, levels in made.items():
         for level in levels:
-            demand(level.decode().isfinite().all(), f"level {level.name} of {name} has NaN or Inf")
+            finite = not level.n_weights or level.decode().isfinite().all()
+            demand(finite, f"level {level.name} of {name} has NaN or Inf")
 
 
 def _pruned(case: _Case) -> None:
     task = case.task(keep=True)
     for name, levels in case.run(task).items():
-        for level in levels:
+        for level in levels if name in task.keep else ():
             lost = level.decode()[~task.keep[name]]
             demand(not lost.any(), f"{int((lost != 0).sum())} pruned weights of level {level.name} are not zero")
 
@@ -501,6 +522,32 @@ def _parents_encoded(case: _Case) -> None:
             keep_all(encoding_promises(level.recipe["encoding"], [level]))
 
 
+# --- of those that make levels of half-blocks and of the units inside ------------------------------------------------
+
+
+def _half_encoded(case: _Case) -> None:
+    task = case.task()
+    for name, levels in case.run(task).items():
+        for level in levels:
+            demand(level.shape == task.units[name].shape, f"level {level.name} of {name} is of {level.shape}")
+            demand(level.recipe["method"] == case.name, f"level {level.name} says method {level.recipe['method']}")
+            keep_all(encoding_promises(level.recipe["encoding"], [level]))
+
+
+def _half_narrower(case: _Case) -> None:
+    """What a channel that went reads and writes must not matter: the columns of the projection are zero there."""
+    task = case.task()
+    made, channels = case.run(task), task.channels
+    assert channels is not None
+    for level in made[channels.out]:
+        from layerwise.stages.models.channels import places
+
+        written = level.decode().any(0)
+        columns = [places(channels.columns, [group], level.shape[1]) for group in range(channels.groups)]
+        used = sum(bool(written[some].any()) for some in columns)
+        demand(0 < used < channels.groups, f"level {level.name} uses {used} of {channels.groups} groups")
+
+
 Check = Callable[[_Case], None]
 
 EVERY: dict[str, Check] = {
@@ -515,6 +562,24 @@ EVERY: dict[str, Check] = {
 PARENTS: dict[str, Check] = {
     "levels of parents are encoded as such": _parents_encoded,
 }
+
+HALVES: dict[str, Check] = {
+    "levels have the shape of their unit, say how they were made, and keep what their encoding promises": _half_encoded,
+    "some groups of the half-block go, and not all": _half_narrower,
+    "the statistics that are read are those that `needs` names": _asks,
+    "weights in any layout of memory give the same levels": _layout,
+    "neither weights nor statistics are changed": _task_unchanged,
+    "a weight that is not finite is refused": _weights_not_finite,
+    "a statistic that is not finite is refused, or does no harm": _statistics_not_finite,
+    "rows of zeros and inputs that are always zero do no harm": _zeros,
+    "weights that are all the same do no harm": _constants,
+    "inputs that depend on each other, few tokens and a Hessian that is not positive definite do no harm, or are "
+    "refused": _dependent_inputs,
+    "a statistic that was not gathered is missed": _not_gathered,
+    "what an earlier pruning left at zero stays so": _pruned,
+}
+"""Of methods of scope `half`, which make levels of a half-block and of the units inside; what is kept of a weight may
+be stored, and so rounded, in the dtype of the checkpoint."""
 
 WEIGHTS: dict[str, Check] = {
     "levels have the shape of their weight, say how they were made, and keep what their encoding promises": _encoded,

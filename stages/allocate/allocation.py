@@ -21,7 +21,7 @@ class Allocation:
         candidate: 12 hex digits, the same for the same model made of the same database.
         solver: what chose it.
         budget: `bits=3`, several joined by commas.
-        levels: unit to level name. Units inside a parent that is dropped are not in it.
+        levels: unit to level name. Units inside a parent that is dropped or narrowed are not in it.
         genome: level indices, in the order of the database; that of a unit that is not there is 0.
         sizes: by resource, as people read it (`layerwise.results.resources`); those that were not measured are left
             out.

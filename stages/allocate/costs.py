@@ -173,7 +173,8 @@ class CostTable:
             if not present[row]:
                 parent = self.units[row].unit.parent
                 raise UsageError(
-                    f"fixed: {self.units[row].name} is to have a level, but {parent}, which it is in, is to be dropped",
+                    f"fixed: {self.units[row].name} is to have a level, but {parent}, which it is in, is to be "
+                    "dropped or narrowed",
                     hint="fix one of the two",
                 )
         return found
@@ -195,15 +196,27 @@ class CostTable:
         }
 
     @cached_property
+    def _removing(self) -> dict[int, list[int]]:
+        """Of each parent, the levels at which what is inside is no choice: those that drop or narrow it."""
+        found: dict[int, list[int]] = {}
+        for row, unit in enumerate(self.units):
+            for column, level in enumerate(unit.levels):
+                if level.recipe is not None and level.recipe["encoding"] in ("drop", "narrow"):
+                    found.setdefault(row, []).append(column)
+        return found
+
+    @cached_property
     def nested(self) -> dict[tuple[int, int], list[int]]:
-        """By parent and level that drops it, what is not there then; what is inside of that is listed with it."""
+        """By parent and level that drops or narrows it, what is no choice then; what is inside of that is listed with
+        it."""
         found: dict[tuple[int, int], list[int]] = {}
         for row, unit in enumerate(self.units):
             parent = unit.unit.parent
-            while parent is not None and self._rows[parent] not in self._drops:
+            while parent is not None and self._rows[parent] not in self._removing:
                 parent = self.units[self._rows[parent]].unit.parent
             if parent is not None:
-                found.setdefault((self._rows[parent], self._drops[self._rows[parent]]), []).append(row)
+                for column in self._removing[self._rows[parent]]:
+                    found.setdefault((self._rows[parent], column), []).append(row)
         return found
 
     @cached_property
@@ -215,7 +228,7 @@ class CostTable:
         return [(block, halves) for block, halves in found if {block, *halves} <= set(self._drops)]
 
     def present(self, genome: Sequence[int]) -> NDArray[np.bool_]:
-        """(units,): what is there, not inside a parent that is dropped."""
+        """(units,): what is a choice, not inside a parent that is dropped or narrowed."""
         present = np.ones(len(self.units), dtype=bool)
         for (row, column), inside in self.nested.items():  # a block before its halves
             if genome[row] == column or not present[row]:

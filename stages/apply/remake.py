@@ -302,7 +302,8 @@ class Remaker:
     ) -> None:
         from layerwise.stages.data.text import Tokens, load_sequences
 
-        self._database, self._allocation, self._folder = Database(database, workflow), allocation, folder
+        self._database, self._folder = Database(database, workflow), folder
+        self._levels = self._database.index.with_inside(allocation.levels)
         self._share, self._steps = share, steps
         self._network = CausalLM.load(self._database.model(workflow))
         self._device = self._network.device
@@ -352,7 +353,7 @@ class Remaker:
         """The weights of an embedding that has a level."""
         found = {}
         for entry in self._database.units:
-            name = self._allocation.levels.get(entry.name)
+            name = self._levels.get(entry.name)
             if name is not None and entry.unit.positions[0] == BEGIN:
                 weight = self._database.level(entry.name, name).to(self._device).decode()
                 found[self._units[entry.name]] = laid_out(self._network, self._units[entry.name], weight)
@@ -382,7 +383,7 @@ class Remaker:
         """The units of a block with their levels, and what of it is dropped."""
         given, dropped = [], []
         for entry in self._database.units:
-            name = self._allocation.levels.get(entry.name)
+            name = self._levels.get(entry.name)
             if name is None or entry.unit.block != block:
                 continue
             level = self._database.level(entry.name, name)

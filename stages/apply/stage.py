@@ -156,7 +156,7 @@ def _write_model(
         write_unit(out, entry.unit.name, [other(entry.unit.name) or level])
         units.append(entry)
     if packed:
-        save_packed(out, levels, allocation.levels, other)
+        save_packed(out, levels, levels.index.with_inside(allocation.levels), other)
     adopt_base(database / MODEL / BASE, out / BASE)
     Document(tuple(units), {"allocation": asdict(allocation), **(about or {})}).save(out)
 
@@ -170,10 +170,13 @@ def _levels(
     source = database.model(workflow)
     before = None if source.compressed is None else CompressedModel(source.compressed)
     gone: set[str] = set()
+    chosen = database.index.with_inside(allocation.levels)
     for entry in database.units:
-        name = allocation.levels.get(entry.name)
+        name = chosen.get(entry.name)
         if name is None or (entry.is_parent and name == entry.levels[UNCHANGED].name):
             continue  # inside of what is dropped, or a parent that stays
+        if entry.is_parent and database.index.inside(entry.name, name):
+            continue  # it says what the units inside have
         level = database.level(entry.name, name)
         if entry.is_parent:
             gone.add(entry.name)
@@ -181,7 +184,7 @@ def _levels(
             yield CompressedUnit(entry.unit, entry.stored, name), level
     if before is None:
         return
-    there = set(allocation.levels) - gone
+    there = set(chosen) - gone
     carried = {unit for unit, parent in database.index.carried.items() if parent is None or parent in there}
     for made in before.document.units:
         if made.unit.is_parent or made.unit.name in carried:

@@ -1,7 +1,8 @@
 """The methods that make levels: one file each, one line in `COMPRESSORS`.
 
 A compressor is a function `fn(task, params) -> {unit: levels}` that makes all levels which its parameters ask for, of
-one unit or, with scope `block`, of all units of a block, in one go:
+one unit or, with scope `block`, of all units of a block, in one go; with scope `half`, of a half-block and of the units
+inside, which have these levels where the half-block has the one of the same name:
 
     task     what it works on, a `Task`; never changed
     params   the class `Params` of the same file, a `MenuEntry`
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from layerwise.stages.compress.block_run import BlockRun
     from layerwise.stages.levels.level import Level
+    from layerwise.stages.models.channels import Channels
 
 COMPRESSORS = {
     "dense": "layerwise.stages.compress.dense:dense",
@@ -40,6 +42,7 @@ COMPRESSORS = {
     "sparsegpt": "layerwise.stages.compress.sparsegpt:sparsegpt",
     "wanda": "layerwise.stages.compress.wanda:wanda",
     "drop": "layerwise.stages.compress.drop:drop",
+    "width": "layerwise.stages.compress.width:width",
 }
 
 COMPRESSOR_GROUP = "layerwise.compressors"
@@ -56,7 +59,7 @@ class MenuEntry(Params):
     impl: ClassVar[int] = 1
     """Raised by hand whenever the same inputs would give other levels; part of the stage's key."""
 
-    scope: ClassVar[Literal["unit", "block"]] = "unit"
+    scope: ClassVar[Literal["unit", "block", "half"]] = "unit"
     """What a task is."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -110,6 +113,7 @@ class Task:
         keep: by unit, (out, in) bool: what an earlier pruning left; a unit that was not pruned is not in it. A method
             keeps the pruned weights at zero.
         block: of scope `block`, its inputs, its answers in the dense model, and how to run it.
+        channels: of scope `half`, what of the half-block can go together.
     """
 
     weights: Mapping[str, Tensor]
@@ -117,6 +121,7 @@ class Task:
     units: Mapping[str, Unit]
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     block: BlockRun | None = None
+    channels: Channels | None = None
 
     @property
     def unit(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from layerwise.stages.models.selection import is_large, left_alone
 
 if TYPE_CHECKING:
     from layerwise.stages.calibrate.statistics import Statistics
-    from layerwise.stages.levels.database import UnitEntry
+    from layerwise.stages.levels.database import LevelEntry, UnitEntry
     from layerwise.stages.levels.level import Level
     from layerwise.stages.models.stored import Stored
     from layerwise.stages.models.survey import Survey
@@ -169,7 +169,7 @@ def _parents(params: CompressParams, survey: Survey) -> list[Unit]:
     if missing:
         why = f": {next(iter(survey.one_piece.values()))}" if survey.one_piece else ""
         raise UnsupportedModel(
-            f"the menu drops {' and '.join(missing)}, but the blocks of this model have no such part{why}",
+            f"the menu drops or narrows {' and '.join(missing)}, but the blocks of this model have no such part{why}",
             hint="whole blocks can be dropped in any model: `units: [block]`",
         )
     return found
@@ -202,14 +202,32 @@ def beside_levels(chosen: Chosen) -> dict[str | None, Amounts]:
     return beside
 
 
-def with_own_costs(entry: UnitEntry, beside: Mapping[str | None, Amounts]) -> UnitEntry:
-    """A parent pays for what is in it and has no level: its norms and biases, unless it is dropped."""
-    if not entry.is_parent:
-        return entry
-    levels = tuple(
-        replace(level, costs={**level.costs, **beside[entry.name]})
-        if level.recipe is not None and level.costs is not None and level.recipe["encoding"] == "keep"
-        else level
-        for level in entry.levels
-    )
-    return replace(entry, levels=levels)
+def with_own_costs(entries: Sequence[UnitEntry], beside: Mapping[str | None, Amounts]) -> list[UnitEntry]:
+    """A parent pays for what is in it and has no level: its norms and biases, unless it is dropped.
+
+    One that is narrowed also pays for what it leaves of its units. Its biases it keeps whole, for the formats that pack
+    levels store them so; a smaller dense model has fewer.
+    """
+    known = {entry.name: entry for entry in entries}
+    inside: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.unit.parent is not None:
+            inside.setdefault(entry.unit.parent, []).append(entry.name)
+
+    def own(entry: UnitEntry, level: LevelEntry) -> LevelEntry:
+        encoding = None if level.recipe is None or level.costs is None else level.recipe["encoding"]
+        if encoding not in ("keep", "narrow"):
+            return level
+        assert level.costs is not None
+        costs = {**level.costs, **beside[entry.name]}
+        if encoding == "narrow":
+            for child in inside[entry.name]:
+                for one in known[child].levels:
+                    if one.name == level.name and one.costs is not None:
+                        costs = {name: amount + one.costs[name] for name, amount in costs.items()}
+        return replace(level, costs=costs)
+
+    return [
+        replace(entry, levels=tuple(own(entry, level) for level in entry.levels)) if entry.is_parent else entry
+        for entry in entries
+    ]

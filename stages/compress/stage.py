@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from layerwise.results.resources import RESOURCES
 from layerwise.stages.compress.block_levels import compress_blocks
 from layerwise.stages.compress.chosen import beside_levels, choose, with_own_costs
+from layerwise.stages.compress.half_levels import compress_halves
 from layerwise.stages.compress.params import CompressParams, mistakes, notes
 from layerwise.stages.compress.unit_levels import compress_unit
 from layerwise.stages.contract import Context, Port, Row, Stage, always
@@ -28,30 +29,33 @@ def compress(context: Context, params: CompressParams) -> None:
     """Write every level of every unit, and the index.
 
     Raises:
-        UnsupportedModel: no unit is chosen, or the menu drops parents that the model does not have.
-        UsageError: a method needs statistics that were not gathered, or not of these units.
+        UnsupportedModel: no unit is chosen, or the menu drops or narrows parents that the model does not have, or none
+            that can be narrowed.
+        UsageError: a method needs statistics that were not gathered, or not of these units; a width that cannot be.
     """
     from layerwise.stages.levels.database import MODEL, UnitEntry, write_index
     from layerwise.stages.models.compressed import adopt
 
     chosen = choose(context, params)
     blocks = compress_blocks(context, params, chosen)
+    halves = compress_halves(context, params, chosen)
     work = partial(
         compress_unit,
         source=chosen.source,
         statistics=chosen.statistics,
         params=params,
         blocks=blocks,
+        halves=halves,
         folder=context.items,
     )
     units = chosen.in_order
     items = [chosen.item(unit) for unit in units]
     answers = context.executor.map(work, items, keys=[unit.name for unit in units], note="units")
     beside = beside_levels(chosen)
-    entries = [with_own_costs(UnitEntry.from_json(answer), beside) for answer in answers]
+    entries = with_own_costs([UnitEntry.from_json(answer) for answer in answers], beside)
     carried = {name: chosen.innermost(chosen.others[name]) for name in chosen.carried}
-    halves, menu = chosen.survey.halves(chosen.given), [entry.model_dump(mode="json") for entry in params.menu]
-    write_index(context.out, entries, beside[None], halves=halves, carried=carried, menu=menu)
+    of_blocks, menu = chosen.survey.halves(chosen.given), [entry.model_dump(mode="json") for entry in params.menu]
+    write_index(context.out, entries, beside[None], halves=of_blocks, carried=carried, menu=menu)
     _take_over(context.items / "units", context.out / "units")
     if chosen.folder is not None:
         adopt(chosen.folder, context.out / MODEL)

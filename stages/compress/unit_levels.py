@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerwise.stages.calibrate.statistics import Statistics
+    from layerwise.stages.compress.block_run import BlockRun
     from layerwise.stages.levels.database import LevelEntry
     from layerwise.stages.levels.level import Level
+    from layerwise.stages.models.channels import Channels
     from layerwise.stages.models.stored import Stored
 
 
@@ -30,9 +32,14 @@ def compress_unit(
     statistics: Path | None,
     params: CompressParams,
     blocks: Path | None,
+    halves: Path | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """Write all levels of one unit; gives its entry in the index, as JSON."""
+    """Write all levels of one unit; gives its entry in the index, as JSON.
+
+    Args:
+        blocks, halves: where methods of these scopes have left theirs.
+    """
     from layerwise.stages.levels.database import UnitEntry
     from layerwise.stages.levels.files import write_unit
     from layerwise.stages.models.stored import Stored
@@ -43,7 +50,9 @@ def compress_unit(
     taken = {name for entry in params.menu for name in entry.level_names()}
     entries = [maker.unchanged(taken, offered=unit.is_parent or params.offers_unchanged)]
     for number, entry in enumerate(params.menu):
-        if unit.role in entry.parents() if unit.is_parent else not entry.parents():
+        if entry.scope == "half":
+            entries += maker.from_half(entry, halves, number)
+        elif unit.role in entry.parents() if unit.is_parent else not entry.parents():
             entries += maker.from_block(entry, blocks, number) if entry.scope == "block" else maker.make(entry)
     write_unit(folder, unit.name, maker.levels)
     return UnitEntry(unit, stored, tuple(entries)).as_json()
@@ -152,6 +161,27 @@ class Maker:
         except NotFinite as error:
             return self._failed(entry, error)
 
+    def from_half(self, entry: MenuEntry, halves: Path | None, number: int) -> list[LevelEntry]:
+        """The levels that a method of scope `half` has made before: of a half-block, or of a unit inside, which are no
+        choices there."""
+        from layerwise.stages.levels.files import open_unit, read_level, unit_file
+
+        assert halves is not None
+        half = self.unit.name if self.unit.is_parent else self.unit.parent
+        folder = halves / str(number)
+        failure = folder / f"{half}.failed"
+        if failure.is_file():
+            why = NotFinite(failure.read_text(encoding="utf-8"))
+            return self._failed(entry, why) if self.unit.is_parent else []
+        if not unit_file(folder, self.unit.name).is_file():
+            return []
+        file, recipes = open_unit(folder, self.unit.name)
+        try:
+            made = [read_level(file, recipes, name).to(self._device) for name in entry.level_names()]
+            return [replace(level, offered=self.unit.is_parent) for level in self._keep(made)]
+        except NotFinite as error:
+            return self._failed(entry, error)
+
     def _fall_back(self, entry: MenuEntry, why: str) -> list[LevelEntry]:
         from layerwise.stages.levels.database import describe_failure, fallen_back
 
@@ -202,10 +232,15 @@ def too_few(tokens: int | None, least_tokens: int) -> bool:
 
 
 def task_of(
-    units: Mapping[str, tuple[Unit, Level]], statistics: Statistics | None, device: str, block: Any = None
+    units: Mapping[str, tuple[Unit, Level]],
+    statistics: Statistics | None,
+    device: str,
+    block: BlockRun | None = None,
+    channels: Channels | None = None,
 ) -> Task:
     """A task over some units with what the model has of them, on a device."""
     from layerwise.stages.levels.mask import kept
+    from layerwise.stages.levels.sliced import kept_weights
 
     weights, keep = {}, {}
     for name, (unit, stored) in units.items():
@@ -214,6 +249,8 @@ def task_of(
             weights[name] = level.tensors["weight"] if level.recipe["encoding"] == "dense" else level.decode()
         if "mask" in level.tensors:
             keep[name] = kept(level)
+        elif level.recipe["encoding"] == "sliced":
+            keep[name] = kept_weights(level)
         if "values" in level.tensors:  # pruned and nothing else: exactly what the checkpoint held
             weights[name] = weights[name].to(level.tensors["values"].dtype)
 
@@ -221,4 +258,4 @@ def task_of(
         assert statistics is not None, "checked before the work starts"
         return statistics.tensor(units[name][0], kind).to(device)
 
-    return Task(weights, statistic, {name: unit for name, (unit, _) in units.items()}, keep, block)
+    return Task(weights, statistic, {name: unit for name, (unit, _) in units.items()}, keep, block, channels)

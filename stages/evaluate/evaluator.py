@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +47,10 @@ class LevelSource(Protocol):
 
     def drops(self, unit: str, level: int) -> bool:
         """Whether a level leaves a parent out."""
+        ...
+
+    def narrows(self, unit: str, level: int) -> Mapping[str, int]:
+        """The levels that a parent's level gives units inside; none for a level that leaves them their own."""
         ...
 
 
@@ -83,6 +87,7 @@ class Evaluator:
         self.batch_size = max(1, batch_tokens // self._length)
         by_name = {unit.name: unit for unit in (*network.units, *network.parents)}
         self.units = [by_name[name] for name in levels.unit_names]
+        self._numbers = {unit.name: index for index, unit in enumerate(self.units)}
         self._members: dict[int, list[int]] = defaultdict(list)
         for index, unit in enumerate(self.units):
             for position in unit.positions:
@@ -152,13 +157,21 @@ class Evaluator:
     def changed_weights(self, position: int, genome: Genome) -> dict[Unit, Tensor]:
         """The weights of a genome in one part of the network, where they are not the network's own."""
         weights = {}
-        for index in self._members[position]:
-            unit = self.units[index]
-            if genome[index] and not unit.is_parent:
-                decoded = self._decoded(index, genome[index])
-                if decoded is not None:
-                    weights[unit] = decoded
+        for index, level in self._chosen(position, genome).items():
+            decoded = self._decoded(index, level)
+            if decoded is not None:
+                weights[self.units[index]] = decoded
         return weights
+
+    def _chosen(self, position: int, genome: Genome) -> dict[int, int]:
+        """By unit in one part of the network, its level where it is not the network's own: a narrowed parent's say."""
+        changed = [index for index in self._members[position] if genome[index]]
+        chosen = {index: genome[index] for index in changed if not self.units[index].is_parent}
+        for index in changed:
+            if self.units[index].is_parent:
+                given = self.levels.narrows(self.units[index].name, genome[index])
+                chosen |= {self._numbers[name]: level for name, level in given.items()}
+        return chosen
 
     def dropped(self, position: int, genome: Genome) -> list[Unit]:
         """The parents that a genome leaves out in one block."""

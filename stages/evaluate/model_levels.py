@@ -49,3 +49,7 @@ class ModelLevels:
     def drops(self, unit: str, level: int) -> bool:
         """Whether a model has left a parent out."""
         return level > 0 and unit in self._parents and unit in self.models[level - 1].levels
+
+    def narrows(self, unit: str, level: int) -> dict[str, int]:
+        """Nothing: in a model every unit has its level itself."""
+        return {}

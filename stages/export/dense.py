@@ -60,7 +60,7 @@ def held() -> Held:
 
 def why_not(unit: Unit, recipe: Recipe) -> str | None:
     """Why a budget in dense files has no place for a level; None if it has."""
-    return "the files of a smaller model are not counted" if recipe["encoding"] == "drop" else None
+    return "the files of a smaller model are not counted" if recipe["encoding"] in ("drop", "narrow") else None
 
 
 def _write_file(file: Path, checkpoint: Checkpoint, model: CompressedModel | None, out: Path, left: Shorter) -> None:

@@ -55,6 +55,11 @@ def is_timed(unit: UnitEntry, level: LevelEntry) -> bool:
     return unit.unit.replaceable and level.usable and level.offered
 
 
+def narrows(level: LevelEntry) -> bool:
+    """Whether a level makes a half-block narrower, whose smaller products are not timed: no budget of time takes it."""
+    return level.recipe is not None and level.recipe["encoding"] == "narrow"
+
+
 def of_level(unit: UnitEntry, level: LevelEntry) -> tuple[Shape, str]:
     """The key of a level in `Choices`."""
     assert level.recipe is not None, "only levels that were made are timed"

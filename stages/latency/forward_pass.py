@@ -74,7 +74,8 @@ def time_packed(
 def _packed(work: ForwardPass, database: Path, levels: Mapping[str, str | None], table: Path, exact: bool) -> Any:
     """A model with some units at some levels; at None, a unit runs as the dense weight that the model has.
 
-    Linear layers run on kernels; whatever else has a level gets the weight that it decodes to.
+    Linear layers run on kernels; whatever else has a level gets the weight that it decodes to. What is left of a narrow
+    half-block runs as the whole, with zeros: only its dense export is smaller.
     """
     from layerwise.kernels.dense import Dense
     from layerwise.kernels.dispatch import Dispatcher
@@ -89,7 +90,7 @@ def _packed(work: ForwardPass, database: Path, levels: Mapping[str, str | None],
     known = Database(database, work.model)
     network = CausalLM.load(replace(known.model(work.model), device="cpu"))
     units = {unit.name: unit for unit in network.units}
-    chosen = {unit: level for unit, level in levels.items() if level is not None}
+    chosen = known.index.with_inside({unit: level for unit, level in levels.items() if level is not None})
     packed = pack_units(known, chosen)
     for name in levels:
         if name in units and units[name].replaceable and name not in packed:
@@ -100,7 +101,7 @@ def _packed(work: ForwardPass, database: Path, levels: Mapping[str, str | None],
         if name in packed or level == entry.levels[UNCHANGED].name:
             continue
         if entry.is_parent:
-            dropped.append(name)
+            dropped += [] if known.index.inside(name, level) else [name]
         else:
             network.overwrite(entry.unit, known.level(name, level).decode())
     network.leave_out(dropped)

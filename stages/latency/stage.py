@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from layerwise.stages.contract import Context, ModelSource, Port, Row, Stage
-from layerwise.stages.latency.charging import Shape, charge, fastest_levels, fit_rest, is_timed, of_level
+from layerwise.stages.latency.charging import Shape, charge, fastest_levels, fit_rest, is_timed, narrows, of_level
 from layerwise.stages.latency.forward_pass import ForwardPass, time_packed
 from layerwise.stages.latency.machine import TABLE, MeasureParams, fingerprint, one_by_one
 from layerwise.stages.levels.database import DatabaseIndex, LevelEntry, UnitEntry
@@ -178,7 +178,7 @@ def _write(
     def time_of(unit: UnitEntry, level: LevelEntry) -> float | None:
         if is_timed(unit, level):
             return charged[of_level(unit, level)]
-        return 0.0 if level.usable and not unit.unit.replaceable else None
+        return 0.0 if level.usable and not unit.unit.replaceable and not narrows(level) else None
 
     document = {
         "database": index.digest,
@@ -233,7 +233,9 @@ def _row(
     if not level.usable:
         return names | {"status": level.status}
     if not is_timed(unit, level):
-        return names | {"status": "not_offered" if unit.unit.replaceable else "in_rest"}
+        return names | {
+            "status": "not_offered" if unit.unit.replaceable else "not_timed" if narrows(level) else "in_rest"
+        }
     key = of_level(unit, level)
     row = choices[key].row
     known = {"label": row.label, "backend": row.backend, "ms": charged[key], "status": row.status}

@@ -267,6 +267,25 @@ class DatabaseIndex:
         """The units by their name."""
         return {unit.name: unit for unit in self.units}
 
+    def inside(self, parent: str, level: str) -> dict[str, str]:
+        """The levels that a parent's level gives the units inside: those of its name, where it narrows; else none."""
+        recipe = self.by_name[parent].level(level).recipe if self.by_name[parent].is_parent else None
+        if recipe is None or recipe["encoding"] != "narrow":
+            return {}
+        return {unit.name: level for unit in self._within[parent] if any(one.name == level for one in unit.levels)}
+
+    def with_inside(self, levels: Mapping[str, str]) -> dict[str, str]:
+        """Levels by unit, as an allocation has them, with those that narrowed parents give the units inside."""
+        return {**levels, **{u: name for unit, level in levels.items() for u, name in self.inside(unit, level).items()}}
+
+    @cached_property
+    def _within(self) -> dict[str, list[UnitEntry]]:
+        found: dict[str, list[UnitEntry]] = {unit.name: [] for unit in self.units}
+        for unit in self.units:
+            if unit.unit.parent is not None:
+                found[unit.unit.parent].append(unit)
+        return found
+
     def model(self, workflow: ModelSource) -> ModelSource:
         """The model whose levels these are: the one beside them, else the workflow's."""
         from layerwise.stages.models.compressed import source_of
@@ -331,6 +350,11 @@ class Database:
         """Whether a level leaves a parent out."""
         recipe = self.index.by_name[unit].levels[level].recipe
         return recipe is not None and recipe["encoding"] == "drop"
+
+    def narrows(self, unit: str, level: int) -> dict[str, int]:
+        """The levels, by number, that a parent's level gives the units inside."""
+        given = self.index.inside(unit, self.index.by_name[unit].levels[level].name)
+        return {name: [one.name for one in self.index.by_name[name].levels].index(of) for name, of in given.items()}
 
     def _unchanged(self, entry: UnitEntry) -> Level:
         from layerwise.stages.levels.parent import parent_level

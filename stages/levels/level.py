@@ -29,10 +29,12 @@ ENCODINGS = {
     "masked_grid": "layerwise.stages.levels.masked_grid:MaskedGrid",
     "trellis": "layerwise.stages.levels.trellis:Trellis",
     "adapted": "layerwise.stages.levels.adapted:Adapted",
+    "sliced": "layerwise.stages.levels.sliced:Sliced",
     "keep": "layerwise.stages.levels.parent:Keep",
     "drop": "layerwise.stages.levels.parent:Drop",
+    "narrow": "layerwise.stages.levels.parent:Narrow",
 }
-"""Every way to store a weight, and the two that a parent knows."""
+"""Every way to store a weight, and the three that a parent knows."""
 
 ENCODING_GROUP = "layerwise.encodings"
 

@@ -1,7 +1,9 @@
-"""The levels of a parent: `keep`, which is as it is, and `drop`, which leaves it out of the network.
+"""The levels of a parent: `keep`, which is as it is, `drop`, which leaves it out of the network, and `narrow`, which
+gives the units inside those levels of theirs that have its own name.
 
-A parent (`attention`, `mlp`, `block`) has no weight of its own, so neither stores a tensor. What belongs to it beside
-its units (norms, biases) is paid for by `keep`; `drop` costs nothing, and neither do the units inside it then.
+A parent (`attention`, `mlp`, `block`) has no weight of its own, so none of them stores a tensor. What belongs to it
+beside its units (norms, biases) is paid for by `keep`; `drop` costs nothing, and neither do the units inside it then.
+`narrow` pays for both; the units inside are no choices of their own then.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from layerwise.errors import UsageError
 from layerwise.stages.levels.level import Level
 
 
-def parent_level(name: str) -> Level:
-    """`keep` or `drop`."""
-    return Level(name, {"encoding": name, "method": name}, (0, 0), {})
+def parent_level(encoding: str, *, name: str | None = None, method: str | None = None, **recipe: Any) -> Level:
+    """`keep` or `drop`; `narrow` with its name, the method that made it and what that says of it."""
+    return Level(name or encoding, {"encoding": encoding, "method": method or encoding, **recipe}, (0, 0), {})
 
 
 class Keep:
@@ -47,4 +49,8 @@ class Keep:
 
 
 class Drop(Keep):
+    """See the module."""
+
+
+class Narrow(Keep):
     """See the module."""

@@ -55,6 +55,11 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"sparsity": 0.3, "then": {"bits": [3, 6], "group_size": -1}},
     ],
     "drop": [{}, {"units": ["attention", "mlp", "block"]}],
+    "width": [
+        {"units": "mlp", "keep": [0.75, 0.5], "multiple": 4},
+        {"units": "attention", "keep": [1], "correct": False},
+        {"units": "mlp", "keep": [6], "multiple": 3, "then": {"bits": [3, 4], "group_size": 8}},
+    ],
 }
 
 

@@ -322,7 +322,7 @@ def test_what_no_block_has_cannot_be_dropped(
 ) -> None:
     bench = new_bench(model_folder("bloom"))
     with pytest.raises(
-        UnsupportedModel, match=r"the menu drops attention and mlp, but .*: its halves are not"
+        UnsupportedModel, match=r"the menu drops or narrows attention and mlp, but .*: its halves are not"
     ) as caught:
         bench.run("compress", {"menu": [{"method": "drop"}]})
     assert "units: [block]" in (caught.value.hint or "")

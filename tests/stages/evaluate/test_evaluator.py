@@ -57,6 +57,9 @@ class NoisyLevels:
     def drops(self, unit: str, level: int) -> bool:
         return level == 1 and (unit, 1) not in self.table
 
+    def narrows(self, unit: str, level: int) -> dict[str, int]:
+        return {}
+
 
 def random_genomes(levels: NoisyLevels, count: int, seed: int = 0) -> tuple[Genome, ...]:
     """Every second one shares its first units with the one before; the others drop a part of each kind in turn."""

@@ -20,6 +20,7 @@ from layerwise.stages.levels.mask import mask_level
 from layerwise.stages.levels.masked_grid import masked_grid_level
 from layerwise.stages.levels.parent import parent_level
 from layerwise.stages.levels.scales import WHOLE, Scales, quantized_scales
+from layerwise.stages.levels.sliced import sliced_level
 from layerwise.stages.levels.trellis import trellis_level
 from layerwise.testing import Promise, encoding_promises
 
@@ -83,6 +84,15 @@ def adapters(below: list[Level]) -> Iterator[Level]:
             yield from (once, with_adapter(once, A, B, method="made up"))
 
 
+def slices(below: list[Level]) -> Iterator[Level]:
+    """Of rows and of columns, in one run and in two, over a level of every other encoding of the part that is left."""
+    for level in below:
+        rows = sliced_level("r", "made up", level, (9, COLUMNS), groups=9, kept=[0, 3, 4, 7, 8], rows=((0, 1),))
+        runs = {"groups": 3, "kept": [1], "rows": ((0, 2), (6, 3))}  # two rows of each group, then three
+        columns = sliced_level("c", "made up", level, (ROWS, 63), groups=9, kept=[0, 4, 8], columns=((0, 7),))
+        yield from (rows, columns, sliced_level("two", "made up", level, (15, COLUMNS), **runs))  # type: ignore[arg-type]
+
+
 def levels() -> dict[str, list[Level]]:
     keep = weight() > 0.3
     found: dict[str, list[Level]] = {name: [] for name in ENCODINGS}
@@ -100,7 +110,8 @@ def levels() -> dict[str, list[Level]]:
         found["mask"].append(mask_level(f"{dtype}-2:4", pattern, weight(dtype), keep_pattern(weight().abs(), (2, 4))))
     found["trellis"] = list(trellises(keep))
     found["adapted"] = list(adapters([some[0] for name, some in found.items() if some]))
-    return found | {name: [parent_level(name)] for name in ("keep", "drop")}
+    found["sliced"] = list(slices([some[0] for name, some in found.items() if some]))
+    return found | {name: [parent_level(name)] for name in ("keep", "drop", "narrow")}
 
 
 def test_every_encoding_of_the_table_is_tried_here() -> None:

@@ -23,6 +23,7 @@ from layerwise.stages.levels.level import ENCODINGS, Level, find_encoding
 from layerwise.stages.levels.mask import kept, mask_level
 from layerwise.stages.levels.masked_grid import masked_grid_level
 from layerwise.stages.levels.parent import parent_level
+from layerwise.stages.levels.sliced import sliced_level
 from layerwise.stages.levels.trellis import trellis_level
 
 
@@ -195,10 +196,24 @@ def test_a_pruned_grid_is_the_grid_with_zeros_for_what_is_pruned(
     assert level.size_bytes == mask_bytes + 4 * -(-count * bits // 32) + 2 * rows * groups + zeros + index
 
 
+def test_what_is_kept_of_some_groups_is_zero_elsewhere_and_pays_one_bit_for_each_group() -> None:
+    part, *_ = random_grid((4, 24), 3, 8, sym=True)
+    level = sliced_level("part", "any", part, (10, 24), groups=5, kept=[1, 4], rows=((0, 2),))
+    whole = torch.zeros(10, 24)
+    whole[[2, 3, 8, 9]] = part.decode()
+    assert torch.equal(level.decode(), whole)
+    assert level.parameters == 4 * 24
+    assert level.stored_bits == part.stored_bits + 5
+    assert level.size_bytes == part.size_bytes + 1
+    columns = sliced_level("part", "any", part, (4, 60), groups=5, kept=[1, 4], columns=((0, 12),))
+    assert torch.equal(columns.decode()[:, [*range(12, 24), *range(48, 60)]], part.decode())
+    assert int((columns.decode() != 0).sum()) == int((part.decode() != 0).sum())
+
+
 # --- parents, and what all encodings have in common ---
 
 
-@pytest.mark.parametrize("name", ["keep", "drop"])
+@pytest.mark.parametrize("name", ["keep", "drop", "narrow"])
 def test_a_parents_level_stores_nothing_and_stands_for_no_weight(name: str) -> None:
     level = parent_level(name)
     assert (level.name, level.recipe["encoding"], level.shape, dict(level.tensors)) == (name, name, (0, 0), {})
@@ -232,6 +247,8 @@ def examples() -> dict[str, Level]:
         ),
         "keep": parent_level("keep"),
         "drop": parent_level("drop"),
+        "narrow": parent_level("narrow"),
+        "sliced": sliced_level("part", "any", dense_level(weight), (12, 24), groups=6, kept=[1, 2, 5], rows=((0, 2),)),
     }
 
 

@@ -1,0 +1,130 @@
+"""`sliced`: a weight of which only the rows or the columns of some groups are kept: heads, or channels of an MLP.
+
+    groups          uint8 (1, ceil(groups / 8))   bit i % 8 of byte i // 8: the rows or columns of group i are kept
+    base.<tensor>   whatever the level of the kept part stores
+
+The recipe says where the groups lie (`rows` and `columns`, as `layerwise.stages.models.channels.Segments`) and has the
+recipe of the kept part as `base`. What is kept stands in the order in which it stood. As a weight of its full shape the
+level is zero elsewhere; `export` makes a smaller layer of the kept part, which needs no index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from layerwise.stages.levels.adapted import BASE
+from layerwise.stages.levels.index import pack_mask, unpack_mask
+from layerwise.stages.levels.level import Level
+from layerwise.stages.models.channels import Segments, places, segments_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def sliced_level(
+    name: str,
+    method: str,
+    base: Level,
+    shape: tuple[int, int],
+    *,
+    groups: int,
+    kept: Sequence[int],
+    rows: Segments = (),
+    columns: Segments = (),
+) -> Level:
+    """A level of the kept part as one of the whole weight.
+
+    Args:
+        name: the level's.
+        method: what chose the groups.
+        base: of the kept part.
+        shape: (out, in) of the whole weight.
+        groups: how many there are.
+        kept: their numbers, rising.
+        rows, columns: where the groups lie; of a dimension without groups all is kept.
+    """
+    import torch
+
+    mask = torch.zeros((1, groups), dtype=torch.bool)
+    mask[0, list(kept)] = True
+    recipe = {
+        "encoding": "sliced",
+        "method": method,
+        "groups": groups,
+        "kept": len(kept),
+        "rows": [list(segment) for segment in rows],
+        "columns": [list(segment) for segment in columns],
+        "base_level": base.name,
+        BASE: dict(base.recipe),
+    }
+    device = next(iter(base.tensors.values())).device
+    tensors = {"groups": pack_mask(mask).to(device)} | {f"{BASE}.{key}": value for key, value in base.tensors.items()}
+    return Level(name, recipe, shape, tensors)
+
+
+def kept_groups(level: Level) -> list[int]:
+    """The numbers of the groups that are kept."""
+    found: list[int] = unpack_mask(level.tensors["groups"], level.recipe["groups"])[0].nonzero()[:, 0].tolist()
+    return found
+
+
+def kept_places(level: Level) -> tuple[list[int], list[int]]:
+    """The rows and the columns that are kept, in the order of the kept part."""
+    groups, (rows, columns) = kept_groups(level), level.shape
+    segments = (segments_of(level.recipe[key]) for key in ("rows", "columns"))
+    of_rows, of_columns = segments
+    return places(of_rows, groups, rows), places(of_columns, groups, columns)
+
+
+def kept_weights(level: Level) -> Tensor:
+    """(out, in) bool: what is kept."""
+    import torch
+
+    rows, columns = kept_places(level)
+    keep = torch.zeros(level.shape, dtype=torch.bool, device=level.tensors["groups"].device)
+    keep[torch.tensor(rows)[:, None], torch.tensor(columns)] = True
+    return keep
+
+
+def kept_part(level: Level) -> Level:
+    """The level of the kept part."""
+    prefix = f"{BASE}."
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in level.tensors.items() if key.startswith(prefix)}
+    rows, columns = kept_places(level)
+    return Level(level.recipe["base_level"], level.recipe[BASE], (len(rows), len(columns)), tensors)
+
+
+class Sliced:
+    """See the module."""
+
+    @staticmethod
+    def decode(level: Level) -> Tensor:
+        import torch
+
+        rows, columns = kept_places(level)
+        part = kept_part(level).decode()
+        whole = torch.zeros(level.shape, device=part.device)
+        whole[torch.tensor(rows)[:, None], torch.tensor(columns)] = part
+        return whole
+
+    @staticmethod
+    def nominal_bits(level: Level) -> float:
+        base = kept_part(level)
+        return base.encoding.nominal_bits(base)
+
+    @staticmethod
+    def stored_bits(level: Level) -> int:
+        return kept_part(level).stored_bits + int(level.recipe["groups"])
+
+    @staticmethod
+    def parameters(level: Level) -> int:
+        return kept_part(level).parameters
+
+    @staticmethod
+    def pack(level: Level) -> None:
+        return None
+
+    @staticmethod
+    def label(recipe: Mapping[str, Any]) -> str:
+        return f"no kernel: {recipe['kept']} of {recipe['groups']} groups, {recipe[BASE]['encoding']}"
