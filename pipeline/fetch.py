@@ -17,6 +17,7 @@ from layerwise.pipeline.workflow.sources import Model, Tensors, Text
 from layerwise.results.durable import replace_file
 from layerwise.results.told import warn_once
 from layerwise.stages.contract import ModelSource, TensorSource, TextSource
+from layerwise.stages.data.records import COLUMN, RECORDS, document
 from layerwise.stages.models.folder import BESIDE, SINGLE, ModelFolder, shards_of
 from layerwise.stages.models.positions import length_for
 from layerwise.stages.models.trust import CODE, check_links
@@ -118,13 +119,15 @@ def _download(model: Model) -> Path:
 def _text_source(name: str, text: Text, root: Path, model: Path) -> TextSource:
     length = length_for(name, text.sequence_length, model)
     paths = text.paths if text.dataset is None else (_dataset_text(name, text, root),)
-    return TextSource(name, paths, length, text.tokens, text.bos)
+    return TextSource(name, paths, length, text.tokens, text.bos, text.column if text.dataset is None else None)
 
 
 def _text_digest(source: TextSource, digests: FileDigests) -> str:
     contents = [digests.sha256(path) for path in source.paths]
+    kinds = [path.suffix.lower() for path in source.paths]
+    read = {"as": kinds, "column": source.column} if set(kinds) & set(RECORDS) else {}
     cut = {"sequence_length": source.sequence_length, "tokens": source.tokens, "bos": source.bos}
-    return digest_of({"text": contents, **cut})
+    return digest_of({"text": contents, **read, **cut})
 
 
 def _dataset_text(name: str, text: Text, root: Path) -> Path:
@@ -144,11 +147,11 @@ def _dataset_text(name: str, text: Text, root: Path) -> Path:
     size = 0
     try:
         for row in datasets.load_dataset(text.dataset, text.config, split=text.split, streaming=True):
-            documents.append(row[text.column])
+            documents.append(document(row, text.column or COLUMN, f"data.{name}: a record of {text.dataset}"))
             size += len(documents[-1])
             if enough is not None and size >= enough:
                 break
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"data.{name}: cannot read {text.dataset}: {error}") from error
     replace_file(path, "\n\n".join(documents).encode(), root / "tmp")
     return path

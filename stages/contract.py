@@ -138,10 +138,11 @@ class TextSource:
 
     Args:
         name: its key in the workflow's `data:` section.
-        paths: UTF-8 text files, read in this order.
+        paths: files of UTF-8 text or of records (`stages/data/records.py`), read in this order.
         sequence_length: tokens of one sequence.
         tokens: how many tokens to use, spread evenly over the text; None for all.
         bos: whether each sequence begins with the beginning-of-sequence token; None for what the tokenizer does.
+        column: that holds the text of a record; None for `text`.
     """
 
     name: str
@@ -149,6 +150,7 @@ class TextSource:
     sequence_length: int
     tokens: int | None = None
     bos: bool | None = None
+    column: str | None = None
 
 
 @dataclass(frozen=True)

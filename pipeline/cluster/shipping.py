@@ -87,7 +87,9 @@ def cargo(workflow: Workflow) -> Cargo:
             path: f"files/model/{path.relative_to(folder)}" for path in ModelFolder(folder, workflow.model.trust).files
         }
     texts = dict.fromkeys(path for text in workflow.data.values() for path in text.paths)
-    files |= {path: f"files/text-{index}.txt" for index, path in enumerate(texts)}
+    files |= {
+        path: f"files/text-{index}{path.suffix}" for index, path in enumerate(texts)
+    }  # the ending says how it is read
     return Cargo(files, sum(path.stat().st_size for path in files))
 
 

@@ -96,10 +96,14 @@ class CutEntry(Part):
 
 
 class TextEntry(CutEntry):
-    """Local UTF-8 text files."""
+    """Local files of text or of records."""
 
     text: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="Text file or files, relative to this file, read in this order."
+        description="File or files of UTF-8 text or of records (.jsonl, .json, .parquet, .csv, .tsv), or folders of "
+        "them, relative to this file, read in this order."
+    )
+    column: str | None = Field(
+        None, description="Column that holds the text of a record, or a conversation; `text` if left out."
     )
 
 
@@ -109,7 +113,7 @@ class DatasetEntry(CutEntry):
     dataset: str = Field(description="Hugging Face name such as HuggingFaceFW/fineweb-edu.")
     config: str | None = Field(None, description="Configuration of the dataset, where it has several.")
     split: str = Field("train", description="Split to read.")
-    column: str = Field("text", description="Column that holds the text.")
+    column: str = Field("text", description="Column that holds the text, or a conversation.")
 
 
 class TensorEntry(Part):

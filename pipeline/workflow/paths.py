@@ -25,6 +25,14 @@ def expanded(text: str) -> Path:
         raise UsageError(f"'{user}' is no user's home folder; a file of that name is written ./{text}") from None
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of that name, which may be no name for one."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def missing(path: Path, wanted: Kind) -> str | None:
     """What is wrong with a path that is to be a file or a folder; None if it is one."""
     try:

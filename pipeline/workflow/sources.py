@@ -17,10 +17,17 @@ from layerwise.errors import UsageError
 from layerwise.pipeline.workflow.expressions import unresolved
 from layerwise.pipeline.workflow.fileformat import DatasetEntry, ModelEntry, TensorEntry, TextEntry
 from layerwise.pipeline.workflow.mistakes import validate
-from layerwise.pipeline.workflow.paths import expanded, missing
+from layerwise.pipeline.workflow.paths import expanded, is_folder, missing
 from layerwise.pipeline.workflow.report import Report
 from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree
+from layerwise.stages.data.records import RECORDS
 from layerwise.stages.models.code import NAMED_LIKE, split
+
+TEXT_ENDINGS = (".txt", ".md", ".rst", *RECORDS)
+"""Of what is read of a folder."""
+
+MOST_FILES = 10_000
+"""Of one folder."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -64,8 +71,9 @@ class Text:
         sequence_length: tokens of one sequence; None for as many as the model takes, within reason.
         tokens: how many to use; None for all.
         bos: whether each sequence begins with the beginning-of-sequence token; None for what the tokenizer does.
-        paths: UTF-8 text files, absolute, in reading order; empty for a dataset.
-        dataset: Hugging Face name, None for files; `config`, `split` and `column` say what of it to read.
+        paths: files of UTF-8 text or of records, absolute, in reading order; empty for a dataset.
+        dataset: Hugging Face name, None for files; `config` and `split` say what of it to read.
+        column: that holds the text of a record; None for `text`.
     """
 
     sequence_length: int | None
@@ -210,16 +218,41 @@ def _read_text(tree: Tree, path: KeyPath, report: Report) -> Text | Tensors | No
     named: list[tuple[KeyPath, Tree]] = [((*path, "text"), text)]
     if isinstance(text.value, list):
         named = [((*path, "text", index), child) for index, child in enumerate(text.value)]
-    paths = []
+    paths: list[Path] = []
     for at, child in named:
         try:
-            paths.append(_absolute(str(child.value), child.place))
-            wrong = missing(paths[-1], "file")
+            found = _absolute(str(child.value), child.place)
+            folder = is_folder(found)
+            wrong = None if folder else missing(found, "file")
+            paths += _texts_in(found) if folder else [found]
         except UsageError as error:
             wrong = error.message
         if wrong is not None:
             report.add(child.place, at, wrong)
-    return Text(paths=tuple(paths), tokens=files.tokens, sequence_length=files.sequence_length, bos=files.bos)
+    return Text(paths=tuple(paths), **files.model_dump(exclude={"text"}))
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    """The files of text and of records in a folder and in those below it, by path; hidden ones are left out.
+
+    Raises:
+        UsageError: there are none, or too many for a text.
+    """
+    found = []
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in TEXT_ENDINGS and path.is_file() and not _hidden(path.relative_to(folder)):
+            found.append(path)
+            if len(found) > MOST_FILES:
+                raise UsageError(
+                    f"more than {MOST_FILES:,} text files in {folder}: join them, or name the ones to read"
+                )
+    if not found:
+        raise UsageError(f"no text files in {folder}: nothing there ends in {', '.join(TEXT_ENDINGS)}")
+    return sorted(found)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _absolute(path: str, place: Place) -> Path:

@@ -23,6 +23,7 @@ from layerwise.results.durable import settle_file
 from layerwise.results.links import unfinished
 from layerwise.stages.contract import Context, TensorSource, TextSource
 from layerwise.stages.data.reading import pieces, read_text
+from layerwise.stages.data.records import Message
 from layerwise.stages.models.positions import vocabulary
 from layerwise.stages.models.trust import loading
 
@@ -111,7 +112,7 @@ def sequences_of(source: TextSource, model: Path, trust: bool = False) -> NDArra
         DataError: not enough tokens, no tokenizer, no text, or a token that the model has no row for.
     """
     tokenizer = _tokenizer(source, model, trust)
-    sequences = cut(_encoded(tokenizer, read_text(source)), source, _first_token(tokenizer, source))
+    sequences = cut(_encoded(tokenizer, _text(source, tokenizer)), source, _first_token(tokenizer, source))
     rows, highest = vocabulary(model), int(sequences.max())
     if rows is not None and highest >= rows:
         raise DataError(
@@ -130,7 +131,28 @@ def encode(source: TextSource, model: Path, trust: bool = False) -> NDArray[np.i
         model: the folder that holds the tokenizer.
         trust: whether the folder's own code may run.
     """
-    return _encoded(_tokenizer(source, model, trust), read_text(source))
+    tokenizer = _tokenizer(source, model, trust)
+    return _encoded(tokenizer, _text(source, tokenizer))
+
+
+def _text(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of all files; conversations as the model's own chat template writes them.
+
+    Raises:
+        DataError: there are conversations, and the tokenizer has no template, or the template refuses one.
+    """
+    from jinja2 import TemplateError
+
+    def render(messages: list[Message]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
+        except (ValueError, TemplateError) as error:
+            raise DataError(
+                f"data.{source.name}: the tokenizer makes no text of a conversation: {str(error).splitlines()[0]}",
+                hint="give the text itself (`column:`), or a model with a chat template that takes these roles",
+            ) from error
+
+    return read_text(source, render)
 
 
 def _tokenizer(source: TextSource, model: Path, trust: bool) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -212,6 +213,17 @@ def test_of_a_hub_model_its_own_weights_are_downloaded_and_no_copies(
     got.clear()
     fetched(desk, sets=["model={id: owner/name}"])
     assert got == {*there[:5], there[6], "model.safetensors"}
+
+
+def test_records_are_other_data_than_the_same_bytes_read_as_text_and_are_shipped_by_their_ending(desk: Any) -> None:
+    digests = []
+    for ending, options in ((".txt", ""), (".jsonl", ""), (".jsonl", ", column: body")):
+        name = f"records{ending}"
+        (desk.folder / name).write_text(json.dumps({"text": "some text", "body": "another"}))
+        sets = [f"data.calibration={{text: {name}, sequence_length: 2{options}}}"]
+        digests.append(fetched(desk, sets=sets).data_digests["calibration"])
+        assert any(shipped.endswith(ending) for shipped in cargo(desk.load(REST, sets=sets)).files.values())
+    assert len(set(digests)) == 3
 
 
 def dataset(desk: Any) -> Fetched:

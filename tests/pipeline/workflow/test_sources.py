@@ -103,6 +103,18 @@ def test_tokens_may_have_a_unit(desk: Any, tokens: str, number: int) -> None:
     assert text.paths == (desk.folder / "calibration.txt", desk.folder / "heldout.txt")
 
 
+def test_a_folder_stands_for_the_texts_in_it(desk: Any) -> None:
+    corpus = desk.folder / "corpus"
+    names = ["b.txt", "a/z.jsonl", "a/B.TXT", ".git/x.txt", ".y.txt", "picture.png"]
+    for name in names:
+        (corpus / name).parent.mkdir(parents=True, exist_ok=True)
+        (corpus / name).write_text("text")
+    data = "calibration: {text: [heldout.txt, corpus], column: body}"
+    text = load(desk, head(data=data) + STAGES).data["calibration"]
+    assert text.paths == (desk.folder / "heldout.txt", corpus / "a/B.TXT", corpus / "a/z.jsonl", corpus / "b.txt")
+    assert text.resolved()["column"] == "body"
+
+
 def test_a_hub_dataset_keeps_its_particulars(desk: Any) -> None:
     data = "calibration: {dataset: a/b, config: c, split: test, tokens: 1k, sequence_length: 64}"
     text = load(desk, head(data=data) + STAGES).data["calibration"]
@@ -115,7 +127,11 @@ def test_a_hub_dataset_keeps_its_particulars(desk: Any) -> None:
     [
         ("{text: gone.txt}", "3:28: data.calibration.text: file not found: {folder}/gone.txt"),
         ("{text: [heldout.txt, gone.txt]}", "3:42: data.calibration.text.1: file not found: {folder}/gone.txt"),
-        ("{text: model}", "3:28: data.calibration.text: this is a folder, not a text file: {folder}/model"),
+        (
+            "{text: model}",
+            "3:28: data.calibration.text: no text files in {folder}/model: nothing there ends in "
+            ".txt, .md, .rst, .json, .jsonl, .ndjson, .parquet, .csv, .tsv",
+        ),
         ("{text: []}", "3:28: data.calibration.text: must have at least 1 entry, has 0"),
         ("{text: 3}", "3:28: data.calibration.text: must be text or a list, got the whole number 3"),
         ("{txt: a}", "3:22: data.calibration.txt: unknown key (did you mean 'text'?)"),
