@@ -59,6 +59,11 @@ RESOURCES: Mapping[str, Resource] = {
         "int64",
         level_column="parameters",
     ),
+    "density": Resource(
+        "share of the units' weights that are kept: 0.4 is a sparsity of 60 %",
+        "share of the weights that are kept",
+        "weight",
+    ),
     "flops": Resource(
         "floating-point operations of the units' products for one token: two for each kept weight that it meets, a "
         "routed expert's by its share of the tokens; attention scores are not counted",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -475,7 +476,7 @@ def _zeros_as_said(case: _Case) -> None:
             if pattern is not None:
                 _demand_pattern(level, zeros, *map(int, pattern.split(":")))
             elif share is not None:
-                gone = round(share * level.n_weights)
+                gone = math.ceil(share * level.n_weights - 1e-6)  # a product of floats may miss a whole number
                 said = f"level {level.name} of {name} says that {share:.4g} of its {level.n_weights} weights are zero"
                 demand(zeros.sum() >= gone, f"{said}, and {int(zeros.sum())} are")
                 demand(level.parameters == level.n_weights - gone, f"{said}, and that it keeps {int(level.parameters)}")

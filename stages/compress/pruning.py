@@ -1,12 +1,14 @@
 """What pruning methods share: how much goes, in which pattern, and, given a score of every weight, which weights.
 
-Counts are exact: of a weight of n elements round(sparsity · n) become zero, whatever the rows and blocks are cut into.
+Counts are exact: of a weight of n elements the least whole number from sparsity · n on become zero, whatever the rows
+and blocks are cut into, so no level keeps more than its share, and a budget of the same share can be met by it.
 Of an N:M pattern N of every M neighbours in a row are kept; where a row does not divide, of the r columns at its end
 ceil(r · N / M). Of equal scores the earlier weight is kept.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,16 +148,21 @@ def percent(share: float) -> str:
 # --- which weights ----------------------------------------------------------------------------------------------------
 
 
+def lost(count: int, sparsity: float) -> int:
+    """Of so many weights, how many go: the least whole number that is the share."""
+    return math.ceil(sparsity * count - 1e-6)  # which a product of floats may miss
+
+
 def keep_largest(saliency: Tensor, sparsity: float) -> Tensor:
     """The entries that are kept when a share of them goes: those of greatest saliency, of equals the earlier ones.
 
     Args:
         saliency: any shape.
-        sparsity: share that goes; as many entries as that is, rounded.
+        sparsity: share that goes; as many entries as `lost` says.
     Returns:
         bool, the same shape.
     """
-    return ~least(saliency, round(sparsity * saliency.numel()))
+    return ~least(saliency, lost(saliency.numel(), sparsity))
 
 
 def least(saliency: Tensor, count: int) -> Tensor:
@@ -175,8 +182,7 @@ def least(saliency: Tensor, count: int) -> Tensor:
 def keep_largest_of_rows(saliency: Tensor, sparsity: float) -> Tensor:
     """The same with weights compared only within their row.
 
-    Rows lose equally many; where the share of a row is no whole number, as many that all rows so far have lost theirs,
-    rounded.
+    Rows lose equally many; where the share of a row is no whole number, as many that all rows so far have lost theirs.
 
     Args:
         saliency: (out, in).
@@ -184,7 +190,7 @@ def keep_largest_of_rows(saliency: Tensor, sparsity: float) -> Tensor:
     import torch
 
     rows, columns = saliency.shape
-    gone = [after - before for before, after in pairwise(round(sparsity * columns * row) for row in range(rows + 1))]
+    gone = [after - before for before, after in pairwise(lost(columns * row, sparsity) for row in range(rows + 1))]
     kept = columns - torch.tensor(gone, device=saliency.device)
     return _first(saliency, kept[:, None])
 

@@ -31,7 +31,7 @@ from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, magnitude
 from layerwise.stages.compress.grid import check_finite, dequantize, fit, grid_or_masked, quantize
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
-from layerwise.stages.compress.pruning import Amount, PruningParams, Then, grid_recipe, keep_pattern, least
+from layerwise.stages.compress.pruning import Amount, PruningParams, Then, grid_recipe, keep_pattern, least, lost
 from layerwise.stages.compress.recursion import blocks, inverse_factor, pass_on
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ class _Pass:
     def _chosen(self, start: int, end: int, v: int) -> Tensor:
         """What one variant keeps of some columns as they are now, (columns, rows) bool.
 
-        Of a share, all columns so far have lost as many weights as the share of theirs is, rounded.
+        Of a share, all columns so far have lost as many weights as their part of all is, rounded.
         """
         saliency = self.W[start:end, v].square() / self.costs[start:end, None]  # (eq. 3)
         before = None if self.before is None else self.before[start:end]
@@ -289,9 +289,9 @@ class _Pass:
     def _gone(self, columns: int, share: float) -> int:
         """Weights that are pruned in so many columns from the first.
 
-        What all rows lose is rounded over the rows of the whole unit, so that its parts add up.
+        What all rows lose is counted over the rows of the whole unit, so that its parts add up.
         """
-        above, with_these = (round(share * self.columns * rows) for rows in (self.first, self.first + self.rows))
+        above, with_these = (lost(self.columns * rows, share) for rows in (self.first, self.first + self.rows))
         return round((with_these - above) * columns / self.columns)
 
     def _fit(self, start: int, end: int, then: Then) -> None:

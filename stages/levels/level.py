@@ -103,6 +103,7 @@ class Level:
             "effective_bits": self.stored_bits,
             "bytes": self.size_bytes,
             "parameters": self.parameters,
+            "density": self.parameters,
             "flops": 2 * self.parameters,
             "depth": 0.0,
         }
