@@ -69,6 +69,7 @@ class CostTable:
         times: what its levels take on a machine, if that was measured; with them `ms` is one more resource.
         fixed: level that units must have, by what names them in `targets`; it need not be offered.
         charges: what a format stores, if bytes are counted in its files: levels that it cannot hold are not offered.
+        equal_width: half-blocks that can be narrower share one level, those of attention and those of the MLPs.
     Raises:
         UnsupportedModel: nothing is named so.
         UsageError: there is no such level, a unit is to have two, or one inside a parent that is to be dropped.
@@ -81,8 +82,10 @@ class CostTable:
         *,
         fixed: Mapping[str, str] | None = None,
         charges: Charges | None = None,
+        equal_width: bool = False,
     ) -> None:
         self.index = index
+        self.equal_width = equal_width
         self.units = index.units
         self.n_weights = sum(unit.n_weights for unit in self.units)
         self.shape = (len(self.units), max(len(unit.levels) for unit in self.units))
@@ -291,7 +294,7 @@ class CostTable:
             {resource: np.where(self.offered, amounts, np.inf) for resource, amounts in self.costs.items()},
             limits,
             table,
-            groups=self._groups() if tie else (),
+            groups=[*(self._groups() if tie else ()), *(self._alike() if self.equal_width else ())],
             units=[unit.name for unit in self.units],
             nested=self.nested,
         )
@@ -356,6 +359,14 @@ class CostTable:
 
     def _readable(self, resource: str, total: float) -> float:
         return total + self.rest[resource] if resource in self.rest else total / self.n_weights
+
+    def _alike(self) -> list[list[int]]:
+        """Half-blocks of a role that can be narrower, by index."""
+        found: dict[str, list[int]] = {}
+        for row, unit in enumerate(self.units):
+            if any(level.recipe is not None and level.recipe["encoding"] == "narrow" for level in unit.levels):
+                found.setdefault(unit.unit.role, []).append(row)
+        return [rows for rows in found.values() if len(rows) > 1]
 
     def _groups(self) -> list[list[int]]:
         """Units that serving engines fuse, by index."""

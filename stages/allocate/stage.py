@@ -130,6 +130,11 @@ class AllocateParams(Params):
     tie: Literal["none", "fused"] = Field(
         "none", description="fused: q/k/v and gate/up share one level, as serving engines need it"
     )
+    equal_width: bool = Field(
+        False,
+        description="half-blocks that can be narrower all share one level, those of attention and those of the mlps: a "
+        "dense export is then smaller without zeros",
+    )
     fixed: Annotated[dict[str, str], AfterValidator(valid_patterns)] = Field(
         {},
         description="levels that units must have, by name, kind or re:<pattern> as in `targets` ({head: dense}); they "
@@ -247,8 +252,16 @@ def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mi
         if params.needs_losses and params.loss not in profile.metrics:
             yield ("loss",), f"the profile does not measure {params.loss}, only {', '.join(profile.metrics)}"
     droppable = [entry for made in feeding.get("database", ()) for entry in made.menu if entry.parents()]
+    if params.equal_width and feeding.get("database"):
+        if not any(entry.scope == "half" for entry in droppable):
+            yield ("equal_width",), "the menu makes no half-block narrower: offer `{method: width}`, or leave this out"
+        if any(entry.scope != "half" for entry in droppable):
+            yield (
+                ("equal_width",),
+                "all half-blocks share one level, so none can be dropped: leave `drop` out of the menu",
+            )
     if droppable and profiles and params.loss != "kl":
-        yield ("loss",), f"only kl knows what a dropped part costs: with {params.loss} none would ever be dropped"
+        yield ("loss",), f"only kl knows what a dropped or narrower part costs: with {params.loss} there would be none"
     if "ms" in params.budgets and not feeding.get("latency"):
         yield ("budgets", "ms"), "milliseconds must have been measured: add a `latency` stage to needs"
     if params.solver == "dp" and len(params.budgets) > 1:
@@ -294,7 +307,7 @@ def allocate(context: Context, params: AllocateParams) -> None:
     index = DatabaseIndex(context.input("database"))
     times = [load_times(folder, index) for folder in context.inputs["latency"]]
     charges = _charges(context, params, index)
-    table = CostTable(index, *times, fixed=params.fixed, charges=charges)
+    table = CostTable(index, *times, fixed=params.fixed, charges=charges, equal_width=params.equal_width)
     losses, profile_tokens = _profiled_losses(context, params, index)
     tie = params.tie == "fused"
     problems = {}

@@ -3,13 +3,14 @@ inside, one task for each."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import NotFinite, UnsupportedModel
 from layerwise.results.durable import settle_file
-from layerwise.stages.compress import find_compressor
+from layerwise.stages.compress import MenuEntry, find_compressor
 from layerwise.stages.compress.chosen import Chosen
 from layerwise.stages.compress.params import CompressParams
 from layerwise.stages.compress.unit_levels import task_of, too_few
@@ -17,6 +18,7 @@ from layerwise.stages.compress.width import Params as Width
 from layerwise.stages.contract import Context, ModelSource
 from layerwise.stages.models.channels import Channels
 from layerwise.stages.models.network import Unit
+from layerwise.stages.models.selection import is_large
 
 
 def compress_halves(context: Context, params: CompressParams, chosen: Chosen) -> Path | None:
@@ -28,43 +30,90 @@ def compress_halves(context: Context, params: CompressParams, chosen: Chosen) ->
     """
     from layerwise.stages.models.find_channels import find_channels
 
-    entries = [(number, entry) for number, entry in enumerate(params.menu) if entry.scope == "half"]
+    entries = _entries(params)
     if not entries:
         return None
     folder = context.items / "halves"
     (found,) = context.executor.map(find_channels, [chosen.source], keys=["channels"], note="heads and channels")
+    halves = {parent.name: parent for parent in chosen.parents}
     items: list[dict[str, Any]] = []
     for number, entry in entries:
-        halves = [parent for parent in chosen.parents if parent.role in entry.parents()]
-        known = {half.name: _usable(chosen, params, found[half.name]) for half in halves}
-        refused = {name: why for name, why in known.items() if isinstance(why, str)}
-        for role in entry.parents():
-            names = [half.name for half in halves if half.role == role]
-            if all(name in refused for name in names):
-                raise UnsupportedModel(
-                    f"menu.{number}: {entry.method} cannot narrow {names[0]}: {refused[names[0]]}",
-                    hint=f"leave {role} out of its `units`",
-                )
+        known, refused = _known(number, entry, {name: found[name] for name in halves if name in found})
         for name, channels in known.items():
-            if isinstance(channels, str):
-                _write_failure(folder / str(number), name, channels)
-                continue
-            if isinstance(entry, Width):
-                entry.groups_kept(channels)  # mistakes are told before anything is made
+            why = _why_not_here(chosen, params, channels)
+            if why is not None:
+                refused[name] = why
+        _check_any(number, entry, {name: halves[name].role for name in {**known, **refused}}, refused)
+        for name, why in refused.items():
+            _write_failure(folder / str(number), name, why)
+        for name in known.keys() - refused.keys():
+            channels = known[name]
             units = [chosen.item(unit) for unit, _ in chosen.units if unit.name in channels.units]
-            half = next(half for half in halves if half.name == name)
-            items.append({"number": number, "half": half.as_json(), "channels": channels.as_json(), "units": units})
+            half = halves[name].as_json()
+            items.append({"number": number, "half": half, "channels": channels.as_json(), "units": units})
     work = partial(_compress_half, source=chosen.source, statistics=chosen.statistics, params=params, folder=folder)
     keys = [f"half-{half}-{number}" for half, number in ((item["half"]["name"], item["number"]) for item in items)]
     context.executor.map(work, items, keys=keys, note="half-blocks")
     return folder
 
 
-def _usable(chosen: Chosen, params: CompressParams, found: Any) -> Channels | str:
-    """What can go from a half-block, or why it gets no levels."""
-    if isinstance(found, str):
-        return found
-    channels = Channels.from_json(found)
+def noted_halves(params: CompressParams, model: ModelSource) -> Iterator[str]:
+    """What stays as wide as it is, told before the run.
+
+    Raises:
+        UnsupportedModel, UsageError: as of `compress_halves`, so far as that is known before.
+    """
+    entries = _entries(params)
+    if not entries or is_large(model):
+        return
+    for number, entry in entries:
+        known, refused = _known(number, entry, _found(model))
+        if refused:
+            name, why = next(iter(refused.items()))
+            yield f"{len(refused)} of {len(known) + len(refused)} half-blocks stay as wide as they are: {name}: {why}"
+
+
+@cache
+def _found(model: ModelSource) -> dict[str, Any]:
+    from layerwise.stages.models.find_channels import find_channels
+
+    return find_channels(model)
+
+
+def _entries(params: CompressParams) -> list[tuple[int, MenuEntry]]:
+    return [(number, entry) for number, entry in enumerate(params.menu) if entry.scope == "half"]
+
+
+def _known(number: int, entry: MenuEntry, found: Mapping[str, Any]) -> tuple[dict[str, Channels], dict[str, str]]:
+    """The half-blocks that an entry of the menu can work on, and of the others why not.
+
+    Raises:
+        UnsupportedModel: there are none of a role that it names; says why.
+        UsageError: a width that one of them cannot have.
+    """
+    mine = {name: one for name, one in found.items() if one["role"] in entry.parents()}
+    refused = {name: str(one["refused"]) for name, one in mine.items() if "refused" in one}
+    _check_any(number, entry, {name: one["role"] for name, one in mine.items()}, refused)
+    known = {name: Channels.from_json(one) for name, one in mine.items() if name not in refused}
+    if isinstance(entry, Width):
+        for channels in known.values():
+            entry.groups_kept(channels)
+    return known, refused
+
+
+def _check_any(number: int, entry: MenuEntry, roles: Mapping[str, str], refused: Mapping[str, str]) -> None:
+    """Refuse an entry of the menu of which nothing comes for one of the roles that it names."""
+    for role in entry.parents():
+        names = [name for name, of in roles.items() if of == role]
+        if names and all(name in refused for name in names):
+            raise UnsupportedModel(
+                f"menu.{number}: {entry.method} cannot narrow {names[0]}: {refused[names[0]]}",
+                hint=f"leave {role} out of its `units`",
+            )
+
+
+def _why_not_here(chosen: Chosen, params: CompressParams, channels: Channels) -> str | None:
+    """Why a half-block gets no levels in this run; None if it does."""
     items = {unit.name: chosen.item(unit) for unit, _ in chosen.units if unit.name in channels.units}
     missing = [name for name in channels.units if name not in items]
     if missing:
@@ -72,7 +121,7 @@ def _usable(chosen: Chosen, params: CompressParams, found: Any) -> Channels | st
     reached = items[channels.out]["tokens"]
     if too_few(reached, params.least_tokens):
         return f"only {reached} calibration tokens reached {channels.out}"
-    return channels
+    return None
 
 
 def _compress_half(

@@ -7,6 +7,7 @@ A unit that too few calibration tokens reached (an expert) gets them from the me
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING
 from layerwise.results.resources import RESOURCES
 from layerwise.stages.compress.block_levels import compress_blocks
 from layerwise.stages.compress.chosen import beside_levels, choose, with_own_costs
-from layerwise.stages.compress.half_levels import compress_halves
-from layerwise.stages.compress.params import CompressParams, mistakes, notes
+from layerwise.stages.compress.half_levels import compress_halves, noted_halves
+from layerwise.stages.compress.params import CompressParams, mistakes
+from layerwise.stages.compress.params import notes as noted_units
 from layerwise.stages.compress.unit_levels import compress_unit
-from layerwise.stages.contract import Context, Port, Row, Stage, always
+from layerwise.stages.contract import Context, ModelSource, Port, Row, Stage, always
 from layerwise.stages.models.compressed import link_or_copy
 from layerwise.stages.models.selection import unit_rows
 
@@ -97,6 +99,12 @@ def _costs(unit: UnitEntry, level: LevelEntry) -> dict[str, float]:
         for name, resource in RESOURCES.items()
         if resource.level_column is not None
     }
+
+
+def notes(params: CompressParams, model: ModelSource) -> Iterator[str]:
+    """What stays as it is, and what as wide as it is."""
+    yield from noted_units(params, model)
+    yield from noted_halves(params, model)
 
 
 STAGE = Stage(

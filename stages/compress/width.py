@@ -253,5 +253,16 @@ def _as_level(name: str, base: Level, unit: str, task: Task, channels: Channels,
     from layerwise.stages.levels.sliced import sliced_level
 
     rows, columns = task.weights[unit].shape
-    where = {"columns": channels.columns} if unit == channels.out else {"rows": channels.rows[unit]}
-    return sliced_level(name, "width", base, (rows, columns), groups=channels.groups, kept=kept, **where)
+    of_rows, of_columns = ((), channels.columns) if unit == channels.out else (channels.rows[unit], ())
+    return sliced_level(
+        name,
+        "width",
+        base,
+        (rows, columns),
+        groups=channels.groups,
+        kept=kept,
+        rows=of_rows,
+        columns=of_columns,
+        role=channels.role,
+        members=channels.units,
+    )

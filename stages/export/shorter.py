@@ -19,7 +19,8 @@ from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.models.network import Unit
 
-HINT = "export it with `format: native`, or an allocation without dropped parts"
+NATIVE = "export it with `format: native`"
+HINT = f"{NATIVE}, or an allocation without dropped parts"
 
 NUMBERS = ("mlp_only_layers", "full_attention_idxs", "global_attn_layers", "cross_attention_layers")
 """Settings that list numbers of blocks."""
@@ -80,7 +81,29 @@ def shorter(dropped: Sequence[Unit]) -> Shorter:
     return Shorter(dropped[0].name.rpartition(".")[0], frozenset(int(unit.name.rpartition(".")[2]) for unit in dropped))
 
 
-def write_config(source: ModelSource, out: Path, left: Shorter, tensors: Mapping[str, Sequence[int]]) -> None:
+def read_config(source: ModelSource) -> Any:
+    """The configuration of the text model, as transformers reads it."""
+    return _configs(source)[1]
+
+
+def _configs(source: ModelSource) -> tuple[Any, Any]:
+    """The whole configuration, and that of the text model in it."""
+    from transformers import AutoConfig
+
+    from layerwise.stages.models.trust import loading
+
+    with loading(source.path, source.trust) as options:
+        config = AutoConfig.from_pretrained(source.path, **options)
+    return config, config.get_text_config()
+
+
+def write_config(
+    source: ModelSource,
+    out: Path,
+    left: Shorter,
+    tensors: Mapping[str, Sequence[int]],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write `config.json` of the smaller model.
 
     Args:
@@ -88,25 +111,22 @@ def write_config(source: ModelSource, out: Path, left: Shorter, tensors: Mapping
         out: a folder.
         left: which blocks are left.
         tensors: shapes of all that will be stored, by name.
+        settings: of the text model, what else is to change.
     Raises:
         UnsupportedModel: the configuration cannot say it.
     """
-    from transformers import AutoConfig
-
-    from layerwise.stages.models.trust import loading
-
-    with loading(source.path, source.trust) as options:
-        config = AutoConfig.from_pretrained(source.path, **options)
     document = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    text = config.get_text_config()
+    config, text = _configs(source)
     own = document if text is config else document[next(k for k, v in vars(config).items() if v is text)]
-    key = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    total = getattr(text, key)
-    periods = [name for name in PERIODS if isinstance(getattr(text, name, None), int) and getattr(text, name) > 1]
-    if periods:
-        raise UnsupportedModel(f"{periods[0]} in its config.json makes blocks what their numbers are", hint=HINT)
-    own[key] = total - len(left.gone)
-    own |= cut(text.to_dict(), total, left)
+    if left.gone:
+        key = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        total = getattr(text, key)
+        periods = [name for name in PERIODS if isinstance(getattr(text, name, None), int) and getattr(text, name) > 1]
+        if periods:
+            raise UnsupportedModel(f"{periods[0]} in its config.json makes blocks what their numbers are", hint=HINT)
+        own[key] = total - len(left.gone)
+        own |= cut(text.to_dict(), total, left)
+    own |= settings or {}
     target = out / "config.json"
     target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     _check(source, target, tensors)
@@ -138,12 +158,20 @@ def _check(source: ModelSource, file: Path, tensors: Mapping[str, Sequence[int]]
 
     from layerwise.stages.models.trust import loading
 
-    with loading(source.path, source.trust) as options, torch.device("meta"):
-        config = AutoConfig.from_pretrained(file, **options)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust)
+    try:
+        with loading(source.path, source.trust) as options, torch.device("meta"):
+            config = AutoConfig.from_pretrained(file, **options)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise UnsupportedModel(f"its config.json cannot say what is left: {error}", hint=NATIVE) from error
     prefix = f"{model.base_model_prefix}."
     asked = {name.removeprefix(prefix): tuple(value.shape) for name, value in model.state_dict().items()}
     stored = {name.removeprefix(prefix): tuple(shape) for name, shape in tensors.items()}
     wrong = [name for name in asked.keys() & stored.keys() if asked[name] != stored[name]]
     if wrong:
-        raise UnsupportedModel(f"with fewer blocks its config.json asks for another {min(wrong)}", hint=HINT)
+        name = min(wrong)
+        raise UnsupportedModel(
+            f"its config.json cannot say what is left: it asks for {name} of {list(asked[name])}, and there is one of "
+            f"{list(stored[name])}",
+            hint=NATIVE,
+        )

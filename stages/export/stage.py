@@ -34,6 +34,11 @@ class ExportParams(Params):
     asymmetric: bool = Field(
         False, description="compressed_tensors: also grids with zero points, which transformers 5.23 does not reload"
     )
+    pad: bool = Field(
+        False,
+        description="dense: fill half-blocks that are narrower than others up with zeros, where the model's "
+        "configuration has one width for all",
+    )
     shard_bytes: ByteSize = Field(SHARD_BYTES, description="compressed_tensors, gptq: largest weight file")
 
     @field_validator("format")

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
+from layerwise.errors import UsageError
 from layerwise.stages.allocate.allocation import Allocation, check_database, load_allocations
 from layerwise.stages.allocate.costs import CostTable, load_times
 from layerwise.stages.apply.pick import misfit, pick
@@ -58,6 +59,7 @@ def speed(context: Context, params: SpeedParams) -> None:
     machine = fingerprint(params)
     require_same(Device.from_json(timed["machine"]), Device.from_json(machine), "the table of the latency stage")
     chosen = _chosen(context, params, index)
+    _check_timed(chosen, index)
     work = ForwardPass(context.model, params.device, timed["batch"], timed["tokens"], params.whole_sampling())
     items: dict[str, Any] = {DENSE: partial(time_loaded, work)}
     for allocation in chosen:
@@ -86,6 +88,18 @@ def _chosen(context: Context, params: SpeedParams, index: DatabaseIndex) -> list
     check_database(allocations, index)
     picked = allocations if params.pick is None else [pick(allocations, how) for how in params.pick]
     return list({allocation.candidate: allocation for allocation in picked}.values())
+
+
+def _check_timed(chosen: Sequence[Allocation], index: DatabaseIndex) -> None:
+    """Refuse what would run at full size here, and was not timed."""
+    for allocation in chosen:
+        narrow = [unit for unit, level in allocation.levels.items() if index.inside(unit, level)]
+        if narrow:
+            raise UsageError(
+                f"allocation {allocation.candidate} has narrower half-blocks, which only a dense export makes smaller; "
+                f"the first is {narrow[0]}",
+                hint="`apply` and `export` it, and time the model in that folder; or `pick` others here",
+            )
 
 
 def _compare(

@@ -32,6 +32,8 @@ def sliced_level(
     kept: Sequence[int],
     rows: Segments = (),
     columns: Segments = (),
+    role: str = "",
+    members: Sequence[str] = (),
 ) -> Level:
     """A level of the kept part as one of the whole weight.
 
@@ -43,6 +45,8 @@ def sliced_level(
         groups: how many there are.
         kept: their numbers, rising.
         rows, columns: where the groups lie; of a dimension without groups all is kept.
+        role: of the half-block that the groups are of.
+        members: the units inside of which the same groups are kept.
     """
     import torch
 
@@ -55,6 +59,8 @@ def sliced_level(
         "kept": len(kept),
         "rows": [list(segment) for segment in rows],
         "columns": [list(segment) for segment in columns],
+        "role": role,
+        "members": list(members),
         "base_level": base.name,
         BASE: dict(base.recipe),
     }
@@ -71,10 +77,13 @@ def kept_groups(level: Level) -> list[int]:
 
 def kept_places(level: Level) -> tuple[list[int], list[int]]:
     """The rows and the columns that are kept, in the order of the kept part."""
-    groups, (rows, columns) = kept_groups(level), level.shape
-    segments = (segments_of(level.recipe[key]) for key in ("rows", "columns"))
-    of_rows, of_columns = segments
-    return places(of_rows, groups, rows), places(of_columns, groups, columns)
+    return places_of(level, kept_groups(level))
+
+
+def places_of(level: Level, groups: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The rows and the columns of some groups."""
+    rows, columns = (segments_of(level.recipe[key]) for key in ("rows", "columns"))
+    return places(rows, groups, level.shape[0]), places(columns, groups, level.shape[1])
 
 
 def kept_weights(level: Level) -> Tensor:

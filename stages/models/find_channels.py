@@ -33,11 +33,15 @@ Found = Channels | str
 
 
 def find_channels(source: ModelSource) -> dict[str, Any]:
-    """What can go from each half-block, by its name: `Channels` as JSON, or text that says why nothing can."""
+    """What can go from each half-block, by its name: `Channels` as JSON, or under `refused` why nothing can."""
     from layerwise.stages.models.loading import load_network
 
-    found = channels_of(load_network(source, block_by_block=True))
-    return {half: one if isinstance(one, str) else one.as_json() for half, one in found.items()}
+    network = load_network(source, block_by_block=True)
+    roles = {half.name: half.role for half in network.parents}
+    return {
+        half: {"role": roles[half], "refused": one} if isinstance(one, str) else one.as_json()
+        for half, one in channels_of(network).items()
+    }
 
 
 @torch.no_grad()

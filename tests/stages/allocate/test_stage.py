@@ -409,10 +409,28 @@ def test_a_loss_that_does_not_know_dropped_parts_is_refused_before_anything_runs
         (mistake,) = mistakes(params, feeding)
         assert mistake == (
             ("loss",),
-            f"only kl knows what a dropped part costs: with {loss} none would ever be dropped",
+            f"only kl knows what a dropped or narrower part costs: with {loss} there would be none",
         )
         assert not list(mistakes(params, {**feeding, "database": [CompressParams.model_validate({"menu": MIXED[:2]})]}))
     assert not list(mistakes(AllocateParams.model_validate({"solver": "ilp", "budgets": {"bits": 3}}), feeding))
+
+
+@pytest.mark.parametrize(
+    ("menu", "told"),
+    [
+        ([{"method": "dense"}], "the menu makes no half-block narrower"),
+        ([{"method": "width", "keep": 0.5}, {"method": "drop"}], "so none can be dropped"),
+    ],
+)
+def test_equal_width_needs_widths_and_no_drops(menu: list[dict[str, Any]], told: str) -> None:
+    from layerwise.stages.compress.params import CompressParams
+
+    params = AllocateParams.model_validate(
+        {"solver": "evolve", "start": "uniform", "budgets": {"parameters": "50%"}, "equal_width": True}
+    )
+    (mistake,) = mistakes(params, {"database": [CompressParams.model_validate({"menu": menu})]})
+    assert mistake[0] == ("equal_width",)
+    assert told in mistake[1]
 
 
 def test_ties_hold_inside_parts_that_may_be_dropped(

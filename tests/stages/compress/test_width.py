@@ -17,6 +17,8 @@ from layerwise.errors import UnsupportedModel, UsageError
 from layerwise.stages.allocate.allocation import make_allocation, save_allocations
 from layerwise.stages.allocate.costs import CostTable
 from layerwise.stages.compress import Task
+from layerwise.stages.compress.params import CompressParams
+from layerwise.stages.compress.stage import notes
 from layerwise.stages.compress.width import Params, corrected, saliency, width
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.levels.database import Database, DatabaseIndex
@@ -240,13 +242,29 @@ def test_a_narrow_candidate_is_the_model_with_zeros_for_what_went(
     assert torch.equal(load(native).logits(ids), model.logits(ids))
 
 
-def test_what_cannot_be_narrowed_is_refused_or_left_out_by_name(narrowed: Callable[..., tuple[Any, Any]]) -> None:
+def test_what_cannot_be_narrowed_is_refused_or_left_out_by_name(
+    narrowed: Callable[..., tuple[Any, Any]], model_folder: Callable[[str], Path]
+) -> None:
     with pytest.raises(UnsupportedModel, match="experts and routers have widths of their own") as caught:
         narrowed("mixtral")
     assert "leave mlp out" in str(caught.value.hint)
     with pytest.raises(UnsupportedModel, match="look at each other"):
         narrowed("olmoe", MENU[1:])
+    menu = {"menu": [{"method": "width", "keep": 0.8, "multiple": 8}, {"method": "dense"}]}
+    with pytest.raises(UsageError, match="no less than the 4 heads"):  # told before the run, too
+        list(notes(CompressParams.model_validate(menu), ModelSource(model_folder("llama"))))
     with pytest.raises(UsageError, match="no less than the 4 heads"):
         narrowed("llama", [{"method": "width", "keep": 0.8, "multiple": 8}, {"method": "dense"}])
     with pytest.raises(UnsupportedModel, match="up_proj is not compressed here"):
         narrowed("llama", ignore=["up_proj"])
+
+
+def test_equal_width_gives_all_half_blocks_of_a_role_one_level(narrowed: Callable[..., tuple[Any, Any]]) -> None:
+    from layerwise.stages.allocate.allocation import load_allocations
+
+    bench, made = narrowed("llama", [*MENU[:2], MENU[3]])
+    profile = bench.run("profile", {"tokens": 64}, database=made.out).out
+    settings = {"solver": "ilp", "budgets": {"parameters": ["30%", "60%"]}, "equal_width": True}
+    for allocation in load_allocations(bench.run("allocate", settings, database=made.out, profile=profile).out):
+        for role in ("self_attn", "mlp"):
+            assert len({level for unit, level in allocation.levels.items() if unit.endswith(role)}) == 1
