@@ -1,9 +1,9 @@
-"""Numbers as people write them in a workflow: `2Mi` tokens, `2GiB` of memory."""
+"""Numbers as people write them in a workflow: `2Mi` tokens, `2GiB` of memory, `4` where a list is meant."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -50,3 +50,14 @@ ByteSize = Annotated[
     BeforeValidator(parse_bytes),
     WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\d"}]}),
 ]
+
+
+def listed(item: Any) -> BeforeValidator:
+    """For a tuple that may be written as one value: `bits: 4` for `bits: [4]`.
+
+    Args:
+        item: the type of an entry.
+    """
+    return BeforeValidator(
+        lambda value: value if isinstance(value, list | tuple) else (value,), json_schema_input_type=item | list[item]
+    )

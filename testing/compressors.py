@@ -303,7 +303,8 @@ def _task_unchanged(case: _Case) -> None:
         given.append(tensor)
         return tensor
 
-    task, untouched = case.task(keep=True, spoil=remembered), case.task(keep=True)
+    keep = not _refuses_pruned(case)
+    task, untouched = case.task(keep=keep, spoil=remembered), case.task(keep=keep)
     before = None if task.block is None else {unit: task.block.network.weight(u) for unit, u in task.units.items()}
     before = None if before is None else {unit: weight.clone() for unit, weight in before.items()}
     case.run(task)
@@ -459,7 +460,19 @@ def _demand_finite(made: Mapping[str, list[Level]]) -> None:
             demand(finite, f"level {level.name} of {name} has NaN or Inf")
 
 
+def _refuses_pruned(case: _Case) -> bool:
+    """Whether it makes nothing of a weight that was pruned before, which it must then say."""
+    try:
+        case.run(case.task(keep=True))
+    except NotFinite as error:
+        demand("pruned before" in error.message, f"it refuses a pruned weight without saying why: {error.message}")
+        return True
+    return False
+
+
 def _pruned(case: _Case) -> None:
+    if _refuses_pruned(case):
+        return
     task = case.task(keep=True)
     for name, levels in case.run(task).items():
         for level in levels if name in task.keep else ():
@@ -577,7 +590,7 @@ HALVES: dict[str, Check] = {
     "inputs that depend on each other, few tokens and a Hessian that is not positive definite do no harm, or are "
     "refused": _dependent_inputs,
     "a statistic that was not gathered is missed": _not_gathered,
-    "what an earlier pruning left at zero stays so": _pruned,
+    "what an earlier pruning left at zero stays so, or it says that it cannot": _pruned,
 }
 """Of methods of scope `half`, which make levels of a half-block and of the units inside; what is kept of a weight may
 be stored, and so rounded, in the dtype of the checkpoint."""
@@ -596,7 +609,7 @@ WEIGHTS: dict[str, Check] = {
     "refused": _dependent_inputs,
     "a weight may have any shape, one row, one column and widths without a Hadamard matrix among them": _any_shape,
     "a statistic that was not gathered is missed": _not_gathered,
-    "what an earlier pruning left at zero stays so": _pruned,
+    "what an earlier pruning left at zero stays so, or it says that it cannot": _pruned,
     "a level has as many zeros as its recipe says, in that pattern": _zeros_as_said,
     "the error falls with the bits": _errors,
 }

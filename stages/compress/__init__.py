@@ -41,6 +41,8 @@ COMPRESSORS = {
     "magnitude": "layerwise.stages.compress.magnitude:magnitude",
     "sparsegpt": "layerwise.stages.compress.sparsegpt:sparsegpt",
     "wanda": "layerwise.stages.compress.wanda:wanda",
+    "low_rank": "layerwise.stages.compress.low_rank:low_rank",
+    "lq_lora": "layerwise.stages.compress.lq_lora:lq_lora",
     "drop": "layerwise.stages.compress.drop:drop",
     "width": "layerwise.stages.compress.width:width",
 }

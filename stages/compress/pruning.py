@@ -263,7 +263,7 @@ def pruned_levels(
             levels.append(mask_level(next(names), said, weight, keep))
             continue
         for bits in params.then.bits:
-            scale, zero, codes = _rounded(weight * keep, bits, params.then, importance)
+            scale, zero, codes = rounded(weight * keep, bits, params.then, importance)
             said |= grid_recipe(params.then, bits)
             levels.append(grid_or_masked(next(names), dict(said), codes, scale=scale, zero=zero, keep=keep))
     return levels
@@ -274,7 +274,7 @@ def grid_recipe(then: Then, bits: int) -> dict[str, Any]:
     return {"bits": bits, "group_size": then.group_size, "sym": then.sym, "grid": then.grid}
 
 
-def _rounded(weight: Tensor, bits: int, then: Then, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def rounded(weight: Tensor, bits: int, then: Then, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Scale and zero point (out, groups), and codes (out, in), of a pruned weight with its zeros."""
     from torch.nn.functional import pad
 

@@ -28,6 +28,7 @@ ENCODINGS = {
     "mask": "layerwise.stages.levels.mask:Mask",
     "masked_grid": "layerwise.stages.levels.masked_grid:MaskedGrid",
     "trellis": "layerwise.stages.levels.trellis:Trellis",
+    "low_rank": "layerwise.stages.levels.low_rank:LowRank",
     "adapted": "layerwise.stages.levels.adapted:Adapted",
     "sliced": "layerwise.stages.levels.sliced:Sliced",
     "keep": "layerwise.stages.levels.parent:Keep",

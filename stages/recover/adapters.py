@@ -10,8 +10,7 @@ from pydantic import Field
 from layerwise.stages.recover import RepairEntry
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from layerwise.stages.compress.factors import Factors
     from layerwise.stages.levels.level import Level
 
 
@@ -31,40 +30,7 @@ class AdapterParams(RepairEntry):
         return None
 
 
-def best_factors(E: Tensor, rank: int, H: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The product of rank r that is nearest to a matrix, seen through the inputs that it is multiplied by.
-
-    It minimises tr((E - BA) H (E - BA)ᵀ), the squared output error: with H = Q Λ Qᵀ, E Q Λ^½ is cut to its first r
-    singular values, U Σ Vᵀ, and turned back: B = U Σ, A = Vᵀ Λ^-½ Qᵀ. Directions that no input has are left at zero.
-
-    Args:
-        E: (out, in), float64.
-        rank: r; at most min(out, in) is used.
-        H: (in, in), float64, symmetric and not negative; the identity if left out.
-    Returns:
-        A (r, in) and B (out, r), float64. Every row of A and the column of B that meets it reach to the same greatest
-        magnitude, so that both are stored equally well.
-    Source: EoRA, arXiv:2410.21271, section 3; the solution itself is Eckart and Young's.
-    """
-    import torch
-
-    rank = min(rank, *E.shape)
-    if H is None:
-        U, sigma, Vt = torch.linalg.svd(E, full_matrices=False)
-        A, B = Vt[:rank], U[:, :rank] * sigma[:rank]
-    else:
-        values, Q = torch.linalg.eigh(H)
-        seen = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-        root = values.where(seen, torch.zeros_like(values)).sqrt()
-        U, sigma, Vt = torch.linalg.svd((E @ Q) * root, full_matrices=False)
-        back = torch.where(seen, 1 / root.where(seen, torch.ones_like(root)), torch.zeros_like(root))
-        A, B = (Vt[:rank] * back) @ Q.T, U[:, :rank] * sigma[:rank]
-    reach_a, reach_b = A.abs().amax(1), B.abs().amax(0)
-    balance = torch.where((reach_a > 0) & (reach_b > 0), (reach_b / reach_a).sqrt(), torch.ones_like(reach_a))
-    return A * balance[:, None], B / balance
-
-
-def adapted(level: Level, factors: tuple[Tensor, Tensor], params: AdapterParams) -> Level:
+def adapted(level: Level, factors: Factors, params: AdapterParams) -> Level:
     """A level with an adapter beside it.
 
     Raises:
@@ -74,5 +40,5 @@ def adapted(level: Level, factors: tuple[Tensor, Tensor], params: AdapterParams)
 
     from layerwise.stages.levels.adapted import with_adapter
 
-    A, B = (factor.to(getattr(torch, params.dtype)) for factor in factors)
+    A, B = (factor.to(getattr(torch, params.dtype)) for factor in (factors.A, factors.B))
     return with_adapter(level, A, B, method=params.method)

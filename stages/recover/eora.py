@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from layerwise.stages.recover import UnitRepair
-from layerwise.stages.recover.adapters import AdapterParams, adapted, best_factors
+from layerwise.stages.recover.adapters import AdapterParams, adapted
 
 if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
@@ -36,13 +36,11 @@ def eora(task: UnitRepair, params: Params) -> Level:
         NotFinite: a weight or a statistic is not finite, or an adapter too large for its dtype.
     Source: EoRA, arXiv:2410.21271.
     """
-    import torch
-
+    from layerwise.stages.compress.factors import best_factors, damped
     from layerwise.stages.compress.grid import check_finite
 
     E = task.weight.double() - task.level.decode().double()
     H = task.statistic("hessian").double()
     check_finite("weight error", E)
     check_finite("Hessian", H)
-    H += params.damp_percent * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return adapted(task.level, best_factors(E, params.rank, H), params)
+    return adapted(task.level, best_factors(E, params.rank, damped(H, params.damp_percent)), params)

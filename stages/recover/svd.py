@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from layerwise.stages.recover import UnitRepair
-from layerwise.stages.recover.adapters import AdapterParams, adapted, best_factors
+from layerwise.stages.recover.adapters import AdapterParams, adapted
 
 if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
@@ -23,5 +23,7 @@ def svd(task: UnitRepair, params: Params) -> Level:
     Raises:
         NotFinite: a weight is not finite, or an adapter too large for its dtype.
     """
+    from layerwise.stages.compress.factors import best_factors
+
     E = task.weight.double() - task.level.decode().double()
     return adapted(task.level, best_factors(E, params.rank), params)

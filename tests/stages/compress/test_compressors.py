@@ -54,6 +54,12 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"pattern": "2:4", "then": {"bits": [2, 4, 8], "group_size": 7, "sym": False, "grid": "minmax"}},
         {"sparsity": 0.3, "then": {"bits": [3, 6], "group_size": -1}},
     ],
+    "low_rank": [
+        {"ranks": [1, 4], "parameters": [0.5, 0.9], "energy": [0.5, 0.99]},
+        {"parameters": 0.5, "dtype": "float32"},
+        {"parameters": 0.9, "then": {"bits": [2, 4, 8], "group_size": 7}},
+    ],
+    "lq_lora": [{"bits": [2, 4, 8], "group_size": 8, "rank": 2}, {"bits": 3, "rank": 100, "rounds": 2, "sym": False}],
     "drop": [{}, {"units": ["attention", "mlp", "block"]}],
     "width": [
         {"units": "mlp", "keep": [0.75, 0.5], "multiple": 4},

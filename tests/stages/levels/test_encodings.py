@@ -16,6 +16,7 @@ from layerwise.stages.levels.adapted import with_adapter
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.grid import grid_level
 from layerwise.stages.levels.level import ENCODINGS, Level
+from layerwise.stages.levels.low_rank import low_rank_level
 from layerwise.stages.levels.mask import mask_level
 from layerwise.stages.levels.masked_grid import masked_grid_level
 from layerwise.stages.levels.parent import parent_level
@@ -74,6 +75,16 @@ def trellises(keep: Tensor) -> Iterator[Level]:
         yield trellis_level(f"{bits}b-c{width}", recipe, (ROWS, COLUMNS), stream, scale=scale, keep=mask)
 
 
+def products(grid: Level) -> Iterator[Level]:
+    """Of factors as they are, in every dtype, and of one on a grid."""
+    generator = torch.Generator().manual_seed(4)
+    for rank, dtype in ((1, torch.float16), (4, torch.bfloat16), (2, torch.float32)):
+        A, B = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rank, COLUMNS), (ROWS, rank)))
+        yield low_rank_level(f"r{rank}", {"method": "made up"}, dense_level(A), dense_level(B))
+    B = torch.randn((ROWS, ROWS), generator=generator).half()
+    yield low_rank_level("on a grid", {"method": "made up"}, grid, dense_level(B))
+
+
 def adapters(below: list[Level]) -> Iterator[Level]:
     """Beside a level of every other encoding, and on top of one another."""
     generator = torch.Generator().manual_seed(3)
@@ -109,6 +120,7 @@ def levels() -> dict[str, list[Level]]:
         pattern = {"method": "made up", "sparsity": 0.5, "pattern": "2:4"}
         found["mask"].append(mask_level(f"{dtype}-2:4", pattern, weight(dtype), keep_pattern(weight().abs(), (2, 4))))
     found["trellis"] = list(trellises(keep))
+    found["low_rank"] = list(products(found["grid"][0]))
     found["adapted"] = list(adapters([some[0] for name, some in found.items() if some]))
     found["sliced"] = list(slices([some[0] for name, some in found.items() if some]))
     return found | {name: [parent_level(name)] for name in ("keep", "drop", "narrow")}
