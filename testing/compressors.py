@@ -488,11 +488,31 @@ def _zeros_as_said(case: _Case) -> None:
             zeros = level.decode() == 0
             if pattern is not None:
                 _demand_pattern(level, zeros, *map(int, pattern.split(":")))
+            elif level.recipe.get("block") is not None:
+                _demand_blocks(level, zeros, *level.recipe["block"])
             elif share is not None:
                 gone = math.ceil(share * level.n_weights - 1e-6)  # a product of floats may miss a whole number
                 said = f"level {level.name} of {name} says that {share:.4g} of its {level.n_weights} weights are zero"
                 demand(zeros.sum() >= gone, f"{said}, and {int(zeros.sum())} are")
                 demand(level.parameters == level.n_weights - gone, f"{said}, and that it keeps {int(level.parameters)}")
+
+
+def _demand_blocks(level: Level, zeros: Tensor, rows: int, columns: int) -> None:
+    """So many blocks, smaller ones at the ends among them, are zero, and all else is kept."""
+    sizes, found = [], []
+    for top in range(0, level.shape[0], rows):
+        for left in range(0, level.shape[1], columns):
+            block = zeros[top : top + rows, left : left + columns]
+            sizes.append(block.numel())
+            found.append(bool(block.all()))
+    least = math.ceil(level.recipe["sparsity"] * len(sizes) - 1e-6)
+    said = f"level {level.name} says that {least} of its {len(sizes)} blocks of {rows} x {columns} are zero"
+    demand(sum(found) >= least, f"{said}, and {sum(found)} are")
+    kept = sum(size for size, gone in zip(sizes, found, strict=True) if not gone)
+    demand(level.parameters >= kept, f"{said}, and keeps {int(level.parameters)} weights where {kept} are not")
+    fewest = sum(sorted(sizes)[: len(sizes) - least])
+    most = sum(sorted(sizes, reverse=True)[: len(sizes) - least])
+    demand(fewest <= level.parameters <= most, f"{said}, and keeps {int(level.parameters)} weights")
 
 
 def _demand_pattern(level: Level, zeros: Tensor, n: int, m: int) -> None:

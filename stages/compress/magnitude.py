@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from layerwise.stages.compress import Task
-from layerwise.stages.compress.pruning import PruningParams, keep_largest, keep_pattern, pruned_levels
+from layerwise.stages.compress.pruning import PruningParams, chosen_by, keep_largest, pruned_levels
 
 if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
@@ -34,13 +34,5 @@ def magnitude(task: Task, params: Params) -> Mapping[str, list[Level]]:
 
     weight = task.weights[task.unit]
     check_finite("weight", weight)
-    saliency = weight.abs()
-    before = task.keep.get(task.unit)
-    if before is not None:
-        saliency = saliency.where(before, -1)
-    keeps = [
-        keep_largest(saliency, amount.share) if amount.pattern is None else keep_pattern(saliency, amount.pattern)
-        for amount in params.amounts
-    ]
-    keeps = keeps if before is None else [keep & before for keep in keeps]
+    keeps = chosen_by(params, weight.abs(), keep_largest, task.keep.get(task.unit))
     return {task.unit: pruned_levels(params, weight, keeps)}

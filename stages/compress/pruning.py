@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AliasChoices, BeforeValidator, Field, field_validator, model_validator
 
 from layerwise.stages.compress import MenuEntry
-from layerwise.stages.compress.grid import Grids, fit, grid_or_masked, quantize
+from layerwise.stages.compress.grid import Grids, fit, quantize
+from layerwise.stages.levels.block_grid import block_grid_level
+from layerwise.stages.levels.index import spread_blocks
 from layerwise.stages.levels.mask import mask_level, n_and_m
+from layerwise.stages.levels.masked_grid import masked_grid_level
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,19 +52,26 @@ class Amount:
     """How much goes.
 
     Args:
-        name: `50%` or `2:4`.
-        share: of the weights, that becomes zero.
+        name: `50%`, `2:4` or `50%-16x128`.
+        share: of the weights, or of the blocks, that becomes zero.
         pattern: (N, M): of every M neighbours in a row N are kept; None for no pattern.
+        block: rows and columns of blocks that go as a whole, smaller ones at the ends; None for single weights.
     """
 
     name: str
     share: float
     pattern: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
 
     @property
     def recipe(self) -> dict[str, Any]:
         """What every level says of it."""
-        return {"sparsity": self.share} | ({} if self.pattern is None else {"pattern": self.name})
+        said: dict[str, Any] = {"sparsity": self.share}
+        if self.pattern is not None:
+            said["pattern"] = self.name
+        if self.block is not None:
+            said["block"] = list(self.block)
+        return said
 
 
 def _listed(value: Any) -> Any:
@@ -78,6 +88,11 @@ class PruningParams(MenuEntry):
         (),
         validation_alias=AliasChoices("pattern", "mask_structure"),
         description="N:M: of every M neighbours in a row N are kept; one level for each, `2:4` or a list",
+    )
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="rows and columns of blocks that go as a whole; [64, 256] is a shape that a kernel skips once the "
+        "rest is rounded, [1, 16] with groups of 16 are runs of a row, as GQSA has them; only with `sparsity`",
     )
     then: Then | None = Field(
         None, description="round what is kept to these grids, in the same pass; one level for each amount and bits"
@@ -105,12 +120,15 @@ class PruningParams(MenuEntry):
     def _something(self) -> Self:
         if not self.amounts:
             raise ValueError("give `sparsity` or `pattern`, at least one of either")
+        if self.block is not None and self.pattern:
+            raise ValueError("blocks go by `sparsity`; make N:M patterns in an entry of their own")
         return self
 
     @property
     def amounts(self) -> list[Amount]:
         """Shares, then patterns, in their order."""
-        found = [Amount(percent(share), share) for share in self.sparsity]
+        shape = "" if self.block is None else f"-{self.block[0]}x{self.block[1]}"
+        found = [Amount(f"{percent(share)}{shape}", share, block=self.block) for share in self.sparsity]
         for text in self.pattern:
             n, m = n_and_m(text)
             found.append(Amount(text, 1 - n / m, (n, m)))
@@ -218,6 +236,28 @@ def kept_of(columns: int, pattern: tuple[int, int]) -> int:
     return -(-columns * pattern[0] // pattern[1])
 
 
+def keep_blocks(saliency: Tensor, block: tuple[int, int], sparsity: float) -> Tensor:
+    """Of all blocks those of greatest sum, of equals the earlier ones.
+
+    A block at an end counts and costs as a whole one: a kernel fills it up.
+
+    Args:
+        saliency: (out, in), not negative.
+        block: rows and columns.
+        sparsity: share of the blocks that goes; as many as `lost` says.
+    """
+    return spread_blocks(keep_largest(block_sums(saliency, block), sparsity), block, saliency.shape)
+
+
+def block_sums(scores: Tensor, block: tuple[int, int]) -> Tensor:
+    """(out, in) to (tiles, blocks of a tile)."""
+    from torch.nn.functional import pad
+
+    (rows, columns), (tall, wide) = scores.shape, block
+    whole = pad(scores, (0, -columns % wide, 0, -rows % tall))
+    return whole.reshape(-(-rows // tall), tall, -1, wide).sum(dim=(1, 3))
+
+
 def _first(saliency: Tensor, count: Tensor) -> Tensor:
     """The entries of greatest saliency along the last dimension, of equals the earlier ones.
 
@@ -235,13 +275,34 @@ def _first(saliency: Tensor, count: Tensor) -> Tensor:
 # --- levels -----------------------------------------------------------------------------------------------------------
 
 
-def pruned_levels(
+def chosen_by(
     params: PruningParams,
-    weight: Tensor,
-    keeps: Sequence[Tensor],
-    *,
-    importance: Tensor | None = None,
-    recipe: Mapping[str, Any] | None = None,
+    saliency: Tensor,
+    single: Callable[[Tensor, float], Tensor],
+    before: Tensor | None = None,
+) -> list[Tensor]:
+    """What each amount keeps of a weight whose every element has a score.
+
+    Args:
+        saliency: (out, in), not negative; squares of it add up in blocks.
+        single: chooses single weights, given the scores and the share that goes.
+        before: (out, in) bool, what an earlier pruning left; the rest goes first.
+    Returns:
+        (out, in) bool for each of `params.amounts`.
+    """
+    keeps = []
+    for amount in params.amounts:
+        if amount.block is not None:
+            keep = keep_blocks(saliency.double().square(), amount.block, amount.share)
+        else:
+            scores = saliency if before is None else saliency.where(before, -1)
+            keep = single(scores, amount.share) if amount.pattern is None else keep_pattern(scores, amount.pattern)
+        keeps.append(keep if before is None else keep & before)
+    return keeps
+
+
+def pruned_levels(
+    params: PruningParams, weight: Tensor, keeps: Sequence[Tensor], *, importance: Tensor | None = None
 ) -> list[Level]:
     """Levels of a weight that keep what each mask keeps, as it is or rounded to the nearest point of a grid.
 
@@ -249,7 +310,6 @@ def pruned_levels(
         weight: (out, in), finite.
         keeps: (out, in) bool, one for each of `params.amounts`.
         importance: (out, in), what squared errors of rounding count by, where grids are searched; None if the same.
-        recipe: what else the levels say.
     Returns:
         in the order of `params.level_names`.
     Raises:
@@ -258,20 +318,43 @@ def pruned_levels(
     names = iter(params.level_names())
     levels = []
     for amount, keep in zip(params.amounts, keeps, strict=True):
-        said = {"method": params.method, **amount.recipe, **(recipe or {})}
+        said = {"method": params.method, **amount.recipe}
         if params.then is None:
             levels.append(mask_level(next(names), said, weight, keep))
             continue
         for bits in params.then.bits:
             scale, zero, codes = rounded(weight * keep, bits, params.then, importance)
-            said |= grid_recipe(params.then, bits)
-            levels.append(grid_or_masked(next(names), dict(said), codes, scale=scale, zero=zero, keep=keep))
+            levels.append(rounded_level(next(names), said, codes, params.then, bits, keep=keep, scale=scale, zero=zero))
     return levels
 
 
 def grid_recipe(then: Then, bits: int) -> dict[str, Any]:
     """What a level says of the grids of its kept weights."""
     return {"bits": bits, "group_size": then.group_size, "sym": then.sym, "grid": then.grid}
+
+
+def rounded_level(
+    name: str,
+    recipe: Mapping[str, Any],
+    codes: Tensor,
+    then: Then,
+    bits: int,
+    *,
+    keep: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+) -> Level:
+    """A level of kept weights on grids, in blocks if its recipe says so.
+
+    Args:
+        codes: (out, in).
+        keep: (out, in) bool.
+        scale, zero: (out, groups).
+    Raises:
+        NotFinite: a scale is too large for float16.
+    """
+    encode = masked_grid_level if recipe.get("block") is None else block_grid_level
+    return encode(name, {**recipe, **grid_recipe(then, bits)}, codes, keep=keep, scale=scale, zero=zero)
 
 
 def rounded(weight: Tensor, bits: int, then: Then, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """`sparsegpt`: prune a layer column by column, and let the columns still to come make up for what goes.
 
 Every sparsity and every number of bits of a unit comes from one factorisation of one Hessian and goes through one loop
-over the columns, side by side (each M of an N:M pattern through one of its own). The mask of a block of 128 columns is
-chosen when the block is reached, that of an N:M group when the group is reached, so both see what earlier columns left.
+over the columns, side by side (each M of an N:M pattern through one of its own). The mask of 128 columns is chosen when
+the first of them is reached, that of an N:M group when the group is reached, so both see what earlier columns left.
 Where rounding follows (`then`), a kept weight is rounded when its column has its turn, and the columns to come make up
 for that as well. Grids are fitted to what is kept when their group is reached; of weights whose mask is chosen later,
 to what would be kept by then.
@@ -29,10 +29,11 @@ from pydantic import AliasChoices, Field
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, magnitude
-from layerwise.stages.compress.grid import check_finite, dequantize, fit, grid_or_masked, quantize
+from layerwise.stages.compress.grid import check_finite, dequantize, fit, quantize
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
-from layerwise.stages.compress.pruning import Amount, PruningParams, Then, grid_recipe, keep_pattern, least, lost
+from layerwise.stages.compress.pruning import Amount, PruningParams, Then, keep_pattern, least, lost, rounded_level
 from layerwise.stages.compress.recursion import blocks, inverse_factor, pass_on
+from layerwise.stages.levels.index import spread_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ class Params(PruningParams):
         description="share of the Hessian's mean diagonal that is added to its diagonal",
     )
     block_size: int = Field(
-        128, ge=1, description="columns whose mask is chosen at a time, less if a group would be cut; not of N:M"
+        128, ge=1, description="columns whose mask is chosen at a time; an N:M group at a time has its own"
     )
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -67,12 +68,12 @@ class Params(PruningParams):
         return [*damping, *([] if self.block_size == 128 else [f"block{self.block_size}"])]
 
     def refuses(self, unit: Unit) -> str | None:
-        """Nothing: a convolution in groups is several layers."""
-        return None
+        """Blocks of a convolution in groups: each group is a layer, which blocks would reach over."""
+        return None if self.block is None else super().refuses(unit)
 
     def fallback(self) -> magnitude.Params:
         """The same amounts by magnitude."""
-        return magnitude.Params.model_validate(self.model_dump(include={"sparsity", "pattern", "then"}))
+        return magnitude.Params.model_validate(self.model_dump(include={"sparsity", "pattern", "block", "then"}))
 
 
 def sparsegpt(task: Task, params: Params) -> Mapping[str, list[Level]]:
@@ -123,8 +124,7 @@ def pruned(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor | No
             continue
         assert params.then is not None
         scale, zero = (torch.cat(part, 1).T for part in zip(*(layer.grids for layer in made), strict=True))
-        said |= grid_recipe(params.then, variant.bits)
-        levels.append(grid_or_masked(name, said, values, scale=scale, zero=zero, keep=kept))
+        levels.append(rounded_level(name, said, values, params.then, variant.bits, keep=kept, scale=scale, zero=zero))
     return levels
 
 
@@ -138,20 +138,28 @@ def _values_level(name: str, recipe: dict[str, Any], values: Tensor, keep: Tenso
 
 @dataclass(frozen=True)
 class _Variant:
-    """One level: how much goes, and how wide the codes of the rest are, None for values as they are."""
+    """One level: how much goes, and how wide the codes of the rest are, None for values as they are.
+
+    Args:
+        step: columns whose mask is chosen at a time.
+    """
 
     amount: Amount
     bits: int | None
-
-    @property
-    def group(self) -> int:
-        """Columns of a group of its pattern; 1 without one."""
-        return 1 if self.amount.pattern is None else self.amount.pattern[1]
+    step: int
 
 
 def _variants(params: Params) -> list[_Variant]:
     widths: Sequence[int | None] = [None] if params.then is None else params.then.bits
-    return [_Variant(amount, bits) for amount in params.amounts for bits in widths]
+    return [_Variant(amount, bits, _step(amount, params.block_size)) for amount in params.amounts for bits in widths]
+
+
+def _step(amount: Amount, block_size: int) -> int:
+    """Those of an N:M group; of blocks, as many whole ones as `block_size` holds, one at least."""
+    if amount.pattern is not None:
+        return amount.pattern[1]
+    wide = 1 if amount.block is None else amount.block[1]
+    return max(wide, block_size - block_size % wide)
 
 
 @dataclass(frozen=True)
@@ -187,9 +195,8 @@ def _part(
     variants = _variants(params)
     at_a_time = max(1, MAX_ELEMENTS // W.numel())
     layers = []
-    # Those of one M stand beside each other in the menu or not: each M has its own blocks.
-    order = sorted(range(len(variants)), key=lambda number: variants[number].group)
-    for _, same in groupby(order, key=lambda number: variants[number].group):
+    order = sorted(range(len(variants)), key=lambda number: variants[number].step)
+    for _, same in groupby(order, key=lambda number: variants[number].step):
         numbers = list(same)
         for start in range(0, len(numbers), at_a_time):
             some = numbers[start : start + at_a_time]
@@ -200,7 +207,7 @@ def _part(
 
 
 class _Pass:
-    """One loop over the columns, for levels with groups of one size side by side.
+    """One loop over the columns, for levels whose masks are chosen at the same columns side by side.
 
     Args:
         weight: (in, rows).
@@ -222,20 +229,24 @@ class _Pass:
 
         self.U, self.variants, self.then, self.before, self.first = U, variants, params.then, before, first
         self.columns, self.rows = weight.shape
-        self.m = variants[0].group
+        self.step = variants[0].step
         self.W = weight[:, None].repeat(1, len(variants), 1)
         self.keep = torch.ones(self.W.shape, dtype=torch.bool, device=weight.device)
         self.costs = U.diagonal().square()  # an error of e in column j costs e² / U_jj²  (eq. 3)
         self.size = 1
-        if self.then is not None:
-            self.size = self.then.columns_per_group(self.columns)
+        if params.then is not None:
+            self.size = params.then.columns_per_group(self.columns)
             shape = (-(-self.columns // self.size), len(variants), self.rows)
             self.scale, self.zero = self.W.new_empty(shape), self.W.new_empty(shape)
             self.codes = torch.empty(self.W.shape, dtype=torch.uint8, device=weight.device)
             self.max_code = self.W.new_tensor([[2 ** (variant.bits or 0) - 1] for variant in variants])
-        self.groups = (self.m, self.size)
+        self.block = params.block
+        if self.block is not None:
+            tiles, in_tile = -(-self.rows // self.block[0]), -(-self.columns // self.block[1])
+            self.going = [lost(tiles * in_tile, variant.amount.share) for variant in variants]  # blocks, yet to go
+            self.factors = _diagonal_blocks(U, self.block[1])
+        self.groups = (self.step, self.size)
         self.cuts = list(blocks(self.columns, params.block_size, self.groups))
-        self.ends = dict(self.cuts)
 
     def run(self) -> list[_Layer]:
         """Go through the columns; gives what became of each variant."""
@@ -248,11 +259,8 @@ class _Pass:
 
     def _column(self, j: int) -> Tensor:
         """Choose what must be chosen, settle column j, and give its error."""
-        if self.m > 1:
-            if j % self.m == 0:
-                self._choose(j, min(j + self.m, self.columns))
-        elif j in self.ends:
-            self._choose(j, self.ends[j])
+        if j % self.step == 0:
+            self._choose(j, min(j + self.step, self.columns))
         if self.then is not None and j % self.size == 0:
             self._fit(j, min(j + self.size, self.columns), self.then)
         w, keep = self.W[j], self.keep[j]
@@ -268,23 +276,53 @@ class _Pass:
     def _choose(self, start: int, end: int) -> None:
         """The masks of some columns, of every variant."""
         for v in range(len(self.variants)):
-            self.keep[start:end, v] = self._chosen(start, end, v)
+            if self.block is None:
+                self.keep[start:end, v] = self._chosen(start, end, v)
+                continue
+            kept = self._kept_blocks(start, end, v)
+            self.going[v] -= int((~kept).sum())
+            self.keep[start:end, v] = self._of_blocks(kept, start, end)
 
     def _chosen(self, start: int, end: int, v: int) -> Tensor:
         """What one variant keeps of some columns as they are now, (columns, rows) bool.
 
         Of a share, all columns so far have lost as many weights as their part of all is, rounded.
         """
-        saliency = self.W[start:end, v].square() / self.costs[start:end, None]  # (eq. 3)
+        amount = self.variants[v].amount
+        if self.block is not None:
+            return self._of_blocks(self._kept_blocks(start, end, v), start, end)
         before = None if self.before is None else self.before[start:end]
+        saliency = self.W[start:end, v].square() / self.costs[start:end, None]  # (eq. 3)
         if before is not None:
             saliency = saliency.where(before, -1)
-        amount = self.variants[v].amount
         if amount.pattern is None:
             keep = ~least(saliency, self._gone(end, amount.share) - self._gone(start, amount.share))
         else:
             keep = keep_pattern(saliency.T, amount.pattern).T
         return keep if before is None else keep & before
+
+    def _of_blocks(self, kept: Tensor, start: int, end: int) -> Tensor:
+        assert self.block is not None
+        keep = spread_blocks(kept, self.block[::-1], (end - start, self.rows))
+        return keep if self.before is None else keep & self.before[start:end]
+
+    def _kept_blocks(self, start: int, end: int, v: int) -> Tensor:
+        """Of the blocks in some columns those that are kept, (blocks of a tile, tiles) bool.
+
+        They are compared with all that are still to come: as many go as are yet to go. Without the block B of columns a
+        row w errs by ‖w_B U_BB⁻¹‖² once the columns behind have made up for it, which for one column is eq. 3, and for
+        several the second-order objective of LPViT, arXiv:2407.02068, of a layer's own output. What a block costs the
+        hardware is the same for all, also for those at the ends.
+        """
+        import torch
+        from torch.nn.functional import pad
+
+        assert self.block is not None
+        tall, wide = self.block
+        W = pad(self.W[start:, v], (0, 0, 0, -(self.columns - start) % wide)).unflatten(0, (-1, wide))
+        errors = torch.linalg.solve_triangular(self.factors[start // wide :].mT, W, upper=False).square().sum(1)
+        errors = pad(errors, (0, -self.rows % tall)).unflatten(1, (-1, tall)).sum(2)
+        return ~least(errors, self.going[v])[: -(-(end - start) // wide)]
 
     def _gone(self, columns: int, share: float) -> int:
         """Weights that are pruned in so many columns from the first.
@@ -298,7 +336,7 @@ class _Pass:
         """The grids of a group of columns, of every variant."""
         from layerwise.stages.compress.grid_search import search
 
-        chosen = min(end, start + self.m if self.m > 1 else self._block_end(start))
+        chosen = min(end, start - start % self.step + self.step)
         importance = 1 / self.costs[start:end]
         for v, variant in enumerate(self.variants):
             keep = self.keep[start:end, v].clone()
@@ -312,5 +350,13 @@ class _Pass:
                 grids = search(members, bits, sym=then.sym, importance=importance)
             self.scale[start // self.size, v], self.zero[start // self.size, v] = grids
 
-    def _block_end(self, column: int) -> int:
-        return next(end for start, end in self.cuts if start <= column < end)
+
+def _diagonal_blocks(U: Tensor, wide: int) -> Tensor:
+    """(blocks, wide, wide): those of U along its diagonal, the last filled up with the identity."""
+    import torch
+
+    found = torch.eye(wide, dtype=U.dtype, device=U.device).repeat(-(-len(U) // wide), 1, 1)
+    for number, block in enumerate(found):
+        own = U[number * wide : (number + 1) * wide, number * wide : (number + 1) * wide]
+        block[: len(own), : len(own)] = own
+    return found

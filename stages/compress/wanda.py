@@ -2,7 +2,7 @@
 
 An output is a sum over a row, so what a row loses is comparable, and rows all lose the same share. No weight is changed
 but for those that go. Where rounding follows (`then`), it is to nearest, on grids that weigh a column by the square of
-its norm. Convolutions in groups have norms for each group.
+its norm. Convolutions in groups have norms for each group. Blocks are compared over the whole weight.
 
 Source: Wanda, arXiv:2306.11695, section 3, equation 1.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from layerwise.stages.compress import Task, magnitude
-from layerwise.stages.compress.pruning import PruningParams, keep_largest_of_rows, keep_pattern, pruned_levels
+from layerwise.stages.compress.pruning import PruningParams, chosen_by, keep_largest_of_rows, pruned_levels
 
 if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
@@ -54,14 +54,5 @@ def wanda(task: Task, params: Params) -> Mapping[str, list[Level]]:
     squares = channels[..., SQUARES, :].reshape(-1, weight.shape[1])  # (groups, in)
     squares = squares.repeat_interleave(len(weight) // len(squares), dim=0)
     saliency = weight.abs().double() * squares.sqrt()
-    before = task.keep.get(task.unit)
-    if before is not None:
-        saliency = saliency.where(before, -1)
-    keeps = [
-        keep_largest_of_rows(saliency, amount.share)
-        if amount.pattern is None
-        else keep_pattern(saliency, amount.pattern)
-        for amount in params.amounts
-    ]
-    keeps = keeps if before is None else [keep & before for keep in keeps]
+    keeps = chosen_by(params, saliency, keep_largest_of_rows, task.keep.get(task.unit))
     return {task.unit: pruned_levels(params, weight, keeps, importance=squares)}

@@ -19,7 +19,7 @@ is said of blocks, one by one along their rows, instead of weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +46,17 @@ def store_index(
         keep: (out, in) bool.
         pattern: (N, M) that it may have; common ones are tried without being told. Where an earlier pruning left a
             group with fewer than N, it is stored as any other.
-        block: rows and columns of blocks that are kept or not as a whole, the last ones smaller.
+        block: rows and columns of blocks that are kept or not as a whole, the last ones smaller; where an earlier
+            pruning left parts of some, it is not stored in blocks.
     Returns:
         tensors, and what the recipe says of them.
     """
     said: dict[str, Any] = {}
-    if block is not None:
+    if block is not None and bool(
+        (spread_blocks(blocks := keep[:: block[0], :: block[1]], block, keep.shape) == keep).all()
+    ):
         said["block"] = list(block)
-        keep = keep[:: block[0], :: block[1]]
+        keep = blocks
     counts = _runs(keep).sum(1)
     least, width = int(counts.min()), int(counts.max() - counts.min()).bit_length()
     bits = len(counts) * width + int(_widths(keep.device)[counts].sum())
@@ -82,15 +85,18 @@ def read_index(level: Level) -> Tensor:
         keep = _read_pattern(mask, (n, m), shape)
     else:
         keep = _read_enumerated(mask, index["least"], index["width"], shape)
-    if tall > 1:
-        keep = keep.repeat_interleave(tall, 0)[:rows]
-    return keep.repeat_interleave(wide, 1)[:, :columns] if wide > 1 else keep
+    return keep if tall == wide == 1 else spread_blocks(keep, (tall, wide), level.shape)
 
 
 def index_bits(level: Level) -> int:
     """Bits of the index, without what fills up its last byte or, of a bitmask, those of its rows."""
     index = level.recipe.get("index")
     return level.n_weights if index is None else int(index["bits"])
+
+
+def spread_blocks(of_blocks: Tensor, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """What is said of blocks, for each of their weights: (tiles, blocks of a tile) to (out, in)."""
+    return of_blocks.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
 def pack_mask(keep: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ ENCODINGS = {
     "grid": "layerwise.stages.levels.grid:Grid",
     "mask": "layerwise.stages.levels.mask:Mask",
     "masked_grid": "layerwise.stages.levels.masked_grid:MaskedGrid",
+    "block_grid": "layerwise.stages.levels.block_grid:BlockGrid",
     "trellis": "layerwise.stages.levels.trellis:Trellis",
     "low_rank": "layerwise.stages.levels.low_rank:LowRank",
     "adapted": "layerwise.stages.levels.adapted:Adapted",

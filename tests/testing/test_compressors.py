@@ -179,6 +179,11 @@ BROKEN: dict[str, tuple[type[MenuEntry], Make, str]] = {
         edited(lambda level: replace(level, recipe={**level.recipe, "sparsity": 0.5, "pattern": "2:4"})),
         "as many zeros",
     ),
+    "claims blocks": (
+        Honest,
+        edited(lambda level: replace(level, recipe={**level.recipe, "sparsity": 0.5, "block": [2, 4]})),
+        "as many zeros",
+    ),
     "better with fewer bits": (Honest, scaled(lambda _, level: 1 + level.bits), "error falls"),
     "a parent with a shape": (
         Parents,

@@ -40,6 +40,7 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"sparsity": [0.25, 0.5, 0.75]},
         {"pattern": ["3:4", "4:8", "1:7"]},
         {"sparsity": 0.3, "then": {"bits": [2, 4], "group_size": 8}},
+        {"sparsity": [0.25, 0.5], "block": [4, 3]},
     ],
     "sparsegpt": [
         {"sparsity": [0.25, 0.5, 0.75]},
@@ -47,12 +48,16 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"sparsity": 0.5, "block_size": 3, "then": {"bits": [2, 4], "group_size": 8}},
         {"pattern": "2:3", "damp_percent": 0.1, "then": {"bits": [2, 4], "group_size": 7, "sym": False}},
         {"sparsity": 0.3, "then": {"bits": [3, 6], "group_size": -1, "grid": "minmax"}},
+        {"sparsity": [0.25, 0.5], "block": [4, 3], "block_size": 7},
+        {"sparsity": 0.4, "block": [1, 8], "then": {"bits": [2, 4], "group_size": 8, "sym": False}},
+        {"sparsity": 0.4, "block": [2, 7], "then": {"bits": [2, 4], "group_size": 5}},
     ],
     "wanda": [
         {"sparsity": [0.25, 0.5, 0.75]},
         {"pattern": ["3:4", "4:8", "1:7"]},
         {"pattern": "2:4", "then": {"bits": [2, 4, 8], "group_size": 7, "sym": False, "grid": "minmax"}},
         {"sparsity": 0.3, "then": {"bits": [3, 6], "group_size": -1}},
+        {"sparsity": 0.4, "block": [3, 8], "then": {"bits": [2, 4], "group_size": 8}},
     ],
     "low_rank": [
         {"ranks": [1, 4], "parameters": [0.5, 0.9], "energy": [0.5, 0.99]},

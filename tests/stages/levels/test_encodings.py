@@ -13,6 +13,7 @@ from torch import Tensor
 from layerwise.kernels.trellis_code import Tiles
 from layerwise.stages.compress.pruning import keep_pattern
 from layerwise.stages.levels.adapted import with_adapter
+from layerwise.stages.levels.block_grid import block_grid_level
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.grid import grid_level
 from layerwise.stages.levels.level import ENCODINGS, Level
@@ -60,6 +61,27 @@ def grids() -> Iterator[tuple[str, dict[str, object], Tensor, dict[str, Tensor |
         recipe |= {"group_along": along}
         name = f"{bits}b-{size}-{sym}-{ordered}-{along}-{scale_bits}-{above}-{scaled}"
         yield name, recipe, codes, {"scale": scale, "zero": zero, "group": group, "input_scale": input_scale}
+
+
+def in_blocks() -> Iterator[Level]:
+    """Ragged blocks and groups that fit into each other or not, of everything, some and nothing."""
+    generator = torch.Generator().manual_seed(4)
+    for bits, size, sym, block, share in [
+        (2, 4, True, [1, 4], 0.5),
+        (3, -1, False, [2, 8], 0.3),
+        (5, 7, False, [2, 4], 0.5),
+        (8, 4, True, [16, 128], 1.0),
+        (4, 32, False, [16, 128], 0.0),
+    ]:
+        lines = -(-ROWS // block[0]), -(-COLUMNS // block[1])
+        kept = torch.rand(lines, generator=generator) < share
+        keep = kept.repeat_interleave(block[0], 0)[:ROWS].repeat_interleave(block[1], 1)[:, :COLUMNS]
+        groups = 1 if size == -1 else -(-COLUMNS // size)
+        recipe = {"method": "made up", "bits": bits, "group_size": size, "sym": sym, "block": block, "sparsity": 0.5}
+        codes = torch.randint(0, 2**bits, (ROWS, COLUMNS), generator=generator)
+        zero = torch.randint(0, 2**bits, (ROWS, groups), generator=generator)
+        scale = torch.rand((ROWS, groups), generator=generator) + 0.5
+        yield block_grid_level(f"{bits}b-{share}", recipe, codes, keep=keep, scale=scale, zero=zero)
 
 
 def trellises(keep: Tensor) -> Iterator[Level]:
@@ -119,6 +141,7 @@ def levels() -> dict[str, list[Level]]:
             )
         pattern = {"method": "made up", "sparsity": 0.5, "pattern": "2:4"}
         found["mask"].append(mask_level(f"{dtype}-2:4", pattern, weight(dtype), keep_pattern(weight().abs(), (2, 4))))
+    found["block_grid"] = list(in_blocks())
     found["trellis"] = list(trellises(keep))
     found["low_rank"] = list(products(found["grid"][0]))
     found["adapted"] = list(adapters([some[0] for name, some in found.items() if some]))

@@ -15,6 +15,7 @@ from torch import Tensor
 from layerwise.errors import UsageError
 from layerwise.kernels.packing import pack
 from layerwise.stages.levels.adapted import with_adapter
+from layerwise.stages.levels.block_grid import block_grid_level
 from layerwise.stages.levels.dense import dense_level
 from layerwise.stages.levels.files import open_unit, read_level, write_unit
 from layerwise.stages.levels.grid import grid_columns
@@ -250,6 +251,14 @@ def examples() -> dict[str, Level]:
         "grid": grid,
         "mask": mask_level("mask", {"method": "any", "sparsity": 0.5}, weight, keep),
         "masked_grid": masked_grid_level("masked", recipe, codes, keep=keep, scale=scale, zero=zero),
+        "block_grid": block_grid_level(
+            "blocks",
+            {**recipe, "sparsity": 0.5, "block": [2, 4]},
+            codes,
+            keep=torch.tensor([[True, False, True]]).repeat_interleave(4, 1).repeat(6, 2),
+            scale=scale,
+            zero=zero,
+        ),
         "trellis": trellis_level(
             "coded",
             {"method": "any", "bits": 2, "state_bits": 12, "columns": 24, "seed": 0},
