@@ -18,6 +18,7 @@ from layerwise.solvers._bisect import bisect
 from layerwise.solvers._branch import branch
 from layerwise.solvers._brute import brute
 from layerwise.solvers._dp import dp
+from layerwise.solvers._even import even
 from layerwise.solvers._evolve import Evolve
 from layerwise.solvers._frontier import Frontier, frontier
 from layerwise.solvers._genetic import Genetic
@@ -45,6 +46,7 @@ from layerwise.solvers.stopping import Stop
 
 SOLVERS: dict[str, Callable[[Problem], Solution]] = {
     "uniform": uniform,
+    "even": even,
     "greedy": greedy,
     "lagrange": lagrange,
     "ilp": ilp,
@@ -97,6 +99,7 @@ __all__ = [
     "depth_generations",
     "dp",
     "energy_rank",
+    "even",
     "frontier",
     "greedy",
     "hypervolume",

@@ -124,7 +124,7 @@ class AllocateParams(Params):
         description="upper limits; lists give one allocation for each combination; 40% is a share of the way from the "
         "least that is reachable to the greatest; bytes may be 600KB or 2GiB. " + EXPLAINED,
     )
-    loss: Literal["kl", "output_error", "weight_nmse"] = Field(
+    loss: Literal["kl", "output_error", "weight_nmse", "influence"] = Field(
         "kl", description="the profile's metric that separable solvers add up"
     )
     tie: Literal["none", "fused"] = Field(
@@ -224,13 +224,17 @@ class AllocateParams(Params):
     @property
     def needs_losses(self) -> bool:
         """True if it cannot do without a profile."""
-        return self.start == "ilp" if is_search(self.solver) else self.solver != "uniform"
+        return self.start == "ilp" if is_search(self.solver) else self.solver not in WITHOUT_LOSSES
 
     @property
     def combinations(self) -> list[dict[str, Amount]]:
         """Each budget to solve for: every combination of the lists."""
         lists = [amounts if isinstance(amounts, list) else [amounts] for amounts in self.budgets.values()]
         return [dict(zip(self.budgets, amounts, strict=True)) for amounts in itertools.product(*lists)]
+
+
+WITHOUT_LOSSES = ("uniform", "even")
+"""Solvers that need no profile."""
 
 
 def read_by(search: str) -> dict[str, str]:
@@ -260,7 +264,7 @@ def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mi
                 ("equal_width",),
                 "all half-blocks share one level, so none can be dropped: leave `drop` out of the menu",
             )
-    if droppable and profiles and params.loss != "kl":
+    if droppable and profiles and params.loss not in ("kl", "influence"):
         yield ("loss",), f"only kl knows what a dropped or narrower part costs: with {params.loss} there would be none"
     if "ms" in params.budgets and not feeding.get("latency"):
         yield ("budgets", "ms"), "milliseconds must have been measured: add a `latency` stage to needs"

@@ -1,6 +1,7 @@
 """`profile`: how much each level of each unit hurts, everything else left dense.
 
-`weight_nmse` and `output_error` were measured while the levels were made; `kl` runs the model with one unit changed.
+`weight_nmse` and `output_error` were measured while the levels were made; `kl` runs the model with one unit changed (of
+a half-block or block that is dropped, leave-one-out), and `influence` once as it is.
 Blocks before the changed one are shared by all levels of the unit, so a profile costs about half of what its number of
 forward passes suggests.
 """
@@ -8,6 +9,7 @@ forward passes suggests.
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -17,9 +19,10 @@ from layerwise.stages.contract import Context, Params, Port, Row, Stage, always
 from layerwise.stages.data.text import tokenized
 from layerwise.stages.evaluate.scoring import Measurement, Pool, Request, evaluator_factory
 from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex, LevelEntry, UnitEntry
+from layerwise.stages.profile.influence import measure_influence
 from layerwise.stages.quantities import Count
 
-Metric = Literal["weight_nmse", "output_error", "kl"]
+Metric = Literal["weight_nmse", "output_error", "kl", "influence"]
 
 
 class ProfileParams(Params):
@@ -29,9 +32,12 @@ class ProfileParams(Params):
         ["weight_nmse", "output_error", "kl"],
         min_length=1,
         description="weight_nmse: |W - Q|^2 / |W|^2; output_error: the same weighted by the Hessian; "
-        "kl: KL(dense || model with this one unit changed), nats per token, less that of the model as it is",
+        "kl: KL(dense || model with this one unit changed), nats per token, less that of the model as it is; "
+        "influence: of half-blocks and blocks that may be dropped, 1 - cosine of the hidden states before and after",
     )
-    data: str = Field("calibration", description="the text for kl, by its name in the workflow's data section")
+    data: str = Field(
+        "calibration", description="the text for kl and influence, by its name in the workflow's data section"
+    )
     tokens: Count | None = Field(None, description="tokens of it to use; all if left out")
     batch_tokens: Count = Field(2048, description="tokens that run at a time")
 
@@ -65,7 +71,28 @@ Table = list[list[Measurement]]
 def _measure(context: Context, params: ProfileParams, metric: Metric, units: list[UnitEntry]) -> Table:
     if metric == "kl":
         return _one_unit_changed(context, params, units)
+    if metric == "influence":
+        return _influence(context, params, units)
     return [[{"mean": _error(level, metric)} for level in unit.levels] for unit in units]
+
+
+def _influence(context: Context, params: ProfileParams, units: list[UnitEntry]) -> Table:
+    """Of every level that drops something; what stays is 0, and of other levels nothing is known."""
+    source = DatabaseIndex(context.input("database")).model(context.model)
+    work = partial(
+        measure_influence,
+        tokens=tokenized(context, params.data),
+        wanted=params.tokens,
+        batch_tokens=params.batch_tokens,
+    )
+    (found,) = context.executor.map(work, [source], keys=["influence"], note="influence")
+
+    def measured(unit: UnitEntry, number: int, level: LevelEntry) -> Measurement:
+        drops = level.recipe is not None and level.recipe["encoding"] == "drop"
+        nothing: Measurement = {"mean": 0.0 if number == UNCHANGED else None}
+        return found[unit.name] if drops else nothing
+
+    return [[measured(unit, number, level) for number, level in enumerate(unit.levels)] for unit in units]
 
 
 def _error(level: LevelEntry, metric: str) -> float | None:
@@ -140,5 +167,5 @@ STAGE = Stage(
     takes={"database": Port("database")},
     data=("data",),
     any_network=always,
-    on_gpu=lambda params: "kl" in params.metrics,
+    on_gpu=lambda params: bool({"kl", "influence"} & set(params.metrics)),
 )

@@ -77,7 +77,7 @@ def test_a_solver_takes_exactly_what_the_table_says(row: dict[str, str], capabil
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_reverse_form_with_interactions_is_for_those_that_the_page_names(name: str) -> None:
     problem = small_problem(minimize="bytes", max_loss=4.0, interactions={((1, 0), (2, 1)): 0.5})
-    if name in ("brute", "bisect", "uniform"):
+    if name in ("brute", "bisect", "uniform", "even"):
         assert problem.feasible(SOLVERS[name](problem).choice)
     else:
         with pytest.raises(UsageError):

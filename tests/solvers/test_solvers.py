@@ -11,6 +11,7 @@ from layerwise.testing.solvers import INTERACTING, Claims
 
 CLAIMS = {
     "uniform": Claims(incomplete=True, without_losses=True),
+    "even": Claims(incomplete=True, without_losses=True),
     "bisect": Claims(incomplete=True),
     "greedy": Claims(refuses=INTERACTING),
     "lagrange": Claims(refuses=INTERACTING),
