@@ -16,7 +16,7 @@ from pydantic import Field
 
 from layerwise.errors import NotFinite
 from layerwise.stages.contract import Context, Params, Port, Row, Stage, always
-from layerwise.stages.data.text import tokenized
+from layerwise.stages.data.text import Tokens, tokenized
 from layerwise.stages.evaluate.scoring import Measurement, Pool, Request, evaluator_factory
 from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex, LevelEntry, UnitEntry
 from layerwise.stages.profile.influence import measure_influence
@@ -51,7 +51,8 @@ def profile(context: Context, params: ProfileParams) -> None:
     """
     index = DatabaseIndex(context.input("database"))
     units = index.units
-    tables = {metric: _measure(context, params, metric, units) for metric in params.metrics}
+    text = tokenized(context, params.data) if on_text(params) else None
+    tables = {metric: _measure(context, params, metric, units, text) for metric in params.metrics}
     evaluated = [level.get("n_tokens", 0) for table in tables.values() for unit in table for level in unit]
     document = {
         "database": index.digest,
@@ -68,20 +69,27 @@ Table = list[list[Measurement]]
 """Per unit and level."""
 
 
-def _measure(context: Context, params: ProfileParams, metric: Metric, units: list[UnitEntry]) -> Table:
-    if metric == "kl":
-        return _one_unit_changed(context, params, units)
-    if metric == "influence":
-        return _influence(context, params, units)
+def on_text(params: ProfileParams) -> bool:
+    """Whether a metric runs the model."""
+    return bool({"kl", "influence"} & set(params.metrics))
+
+
+def _measure(
+    context: Context, params: ProfileParams, metric: Metric, units: list[UnitEntry], text: Tokens | None
+) -> Table:
+    if metric == "kl" and text is not None:
+        return _one_unit_changed(context, params, units, text)
+    if metric == "influence" and text is not None:
+        return _influence(context, params, units, text)
     return [[{"mean": _error(level, metric)} for level in unit.levels] for unit in units]
 
 
-def _influence(context: Context, params: ProfileParams, units: list[UnitEntry]) -> Table:
+def _influence(context: Context, params: ProfileParams, units: list[UnitEntry], text: Tokens) -> Table:
     """Of every level that drops something; what stays is 0, and of other levels nothing is known."""
     source = DatabaseIndex(context.input("database")).model(context.model)
     work = partial(
         measure_influence,
-        tokens=tokenized(context, params.data),
+        tokens=text,
         wanted=params.tokens,
         batch_tokens=params.batch_tokens,
     )
@@ -103,9 +111,8 @@ def _error(level: LevelEntry, metric: str) -> float | None:
     return value
 
 
-def _one_unit_changed(context: Context, params: ProfileParams, units: list[UnitEntry]) -> Table:
-    tokens = tokenized(context, params.data)
-    factory = evaluator_factory(context, tokens, database=context.input("database"), batch_tokens=params.batch_tokens)
+def _one_unit_changed(context: Context, params: ProfileParams, units: list[UnitEntry], text: Tokens) -> Table:
+    factory = evaluator_factory(context, text, database=context.input("database"), batch_tokens=params.batch_tokens)
     changes = [
         [number for number, level in enumerate(unit.levels) if level.usable and number != UNCHANGED] for unit in units
     ]
@@ -167,5 +174,5 @@ STAGE = Stage(
     takes={"database": Port("database")},
     data=("data",),
     any_network=always,
-    on_gpu=lambda params: bool({"kl", "influence"} & set(params.metrics)),
+    on_gpu=on_text,
 )
