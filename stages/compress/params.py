@@ -36,8 +36,13 @@ class CompressParams(Params):
     @field_validator("menu")
     @classmethod
     def _distinct(cls, menu: list[MenuEntry]) -> list[MenuEntry]:
-        names = Counter(name for entry in menu for name in entry.level_names())
-        twice = [name for name, count in names.items() if count > 1]
+        names = Counter(
+            (role, name)
+            for entry in menu
+            for role in (entry.parents() if entry.scope == "half" else [""])  # no half-block is of two roles
+            for name in entry.level_names()
+        )
+        twice = [name for (_, name), count in names.items() if count > 1]
         if twice:
             raise ValueError(f"makes level {twice[0]} twice; remove one of the entries")
         return menu

@@ -342,6 +342,7 @@ def test_what_no_block_has_cannot_be_dropped(
         ([], "at least 1 item"),
         ([{"method": "rtn", "bits": [3, 4]}, {"method": "rtn", "bits": [4, 5]}], "makes level rtn-4b-g128 twice"),
         ([{"method": "drop"}, {"method": "drop", "units": "block"}], "makes level drop twice"),
+        ([{"method": "width", "keep": 0.5}, {"method": "width", "keep": 0.5, "units": "mlp"}], "width-50% twice"),
         ([{"method": "gptk", "bits": 4}], "gptk"),
         ([{"method": "gptq", "bits": 9}], "less than or equal to 8"),
         ([{"method": "gptq", "bits": 4, "groupsize": 3}], "groupsize"),
