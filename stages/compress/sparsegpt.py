@@ -239,7 +239,8 @@ class _Pass:
             shape = (-(-self.columns // self.size), len(variants), self.rows)
             self.scale, self.zero = self.W.new_empty(shape), self.W.new_empty(shape)
             self.codes = torch.empty(self.W.shape, dtype=torch.uint8, device=weight.device)
-            self.max_code = self.W.new_tensor([[2 ** (variant.bits or 0) - 1] for variant in variants])
+            codes = [[2 ** (variant.bits or 0) - 1] for variant in variants]
+            self.max_code = torch.tensor(codes, dtype=weight.dtype, device=weight.device)
         self.block = params.block
         if self.block is not None:
             tiles, in_tile = -(-self.rows // self.block[0]), -(-self.columns // self.block[1])

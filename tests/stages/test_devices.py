@@ -34,6 +34,9 @@ MENU: list[dict[str, Any]] = [
     {"method": "gptq", "bits": [2, 3], "group_size": 8},
     {"method": "gptq", "bits": 4, "group_size": 8, "sym": False, "desc_act": True, "grid": "mse"},
     {"method": "magnitude", "sparsity": 0.5},
+    {"method": "wanda", "sparsity": 0.3, "pattern": "2:4", "then": {"bits": 4, "group_size": 8}},
+    {"method": "sparsegpt", "sparsity": [0.5, 0.8], "pattern": "2:4"},
+    {"method": "sparsegpt", "sparsity": 0.5, "block": [2, 8], "then": {"bits": 4, "group_size": 8, "sym": False}},
     {"method": "gptq_sequential", "bits": 3, "group_size": 8},
     {"method": "awq", "bits": 3, "group_size": 8, "grid_points": 2},
     {"method": "learned_rounding", "bits": 3, "group_size": 8, "steps": 2},
@@ -98,7 +101,8 @@ def test_every_stage_works_on_another_device(place: Any, on_cpu: Made, other_dev
                 assert getattr(other, error) == pytest.approx(getattr(one, error), rel=0.05, abs=1e-6), other.name
             if "learned" not in one.name:
                 a, b = (database.level(expected.name, one.name).decode() for database in databases)
-                assert (a == b).float().mean() > 0.98, (expected.name, one.name)
+                # Kept values that make up for others are as continuous as the statistics; codes are not.
+                assert torch.isclose(a, b, rtol=1e-3, atol=1e-6).float().mean() > 0.98, (expected.name, one.name)
     one, other = (json.loads((folder / "profile.json").read_text())["metrics"]["kl"] for folder in (on_cpu[2], profile))
     for expected_kl, found_kl in zip(one, other, strict=True):
         assert found_kl == pytest.approx(expected_kl, rel=0.1, abs=1e-5)
