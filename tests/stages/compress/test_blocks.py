@@ -162,6 +162,8 @@ def test_what_an_earlier_pruning_left_of_blocks_is_stored(make_levels: Make) -> 
     "menu",
     [
         {"pattern": "2:4", "block": [1, 4]},
+        {"pattern": "2:4", "compare": "layer"},
+        {"sparsity": 0.5, "block": [1, 4], "compare": "layer"},
         {"sparsity": 0.5, "block": [0, 4]},
         {"sparsity": 0.5, "block": [4]},
         {"sparsity": 0.5, "block": 16},

@@ -43,6 +43,7 @@ MENUS: dict[str, list[dict[str, Any]]] = {
         {"sparsity": [0.25, 0.5], "block": [4, 3]},
     ],
     "sparsegpt": [
+        {"sparsity": [0.25, 0.5, 0.75], "compare": "layer"},
         {"sparsity": [0.25, 0.5, 0.75]},
         {"pattern": ["3:4", "4:8", "1:7"]},
         {"sparsity": 0.5, "block_size": 3, "then": {"bits": [2, 4], "group_size": 8}},

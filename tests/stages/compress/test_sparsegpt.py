@@ -165,6 +165,29 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(make_leve
             assert ours < wanda < by_size
 
 
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_compared_over_the_layer_the_count_is_the_same_and_the_error_less(make_levels: Make, share: float) -> None:
+    for seed in range(4):
+        W, X = layer(48, 200, seed)
+        (ours,), (published,) = (
+            make_levels("sparsegpt", W, {"hessian": hessian(X)}, sparsity=share, compare=compare)
+            for compare in ("layer", "block")
+        )
+        assert ours.name == f"{published.name}-layer"
+        assert ours.parameters == published.parameters
+        assert error(W, ours.decode(), X) < 0.95 * error(W, published.decode(), X)
+
+
+def test_over_the_layer_the_first_columns_lose_what_is_least_of_all(make_levels: Make) -> None:
+    W, X = layer(12, 40)
+    H = hessian(X).numpy() + 0.01 * float(hessian(X).diagonal().mean()) * np.eye(40)
+    scores = (W.double().numpy() ** 2) / np.array([np.linalg.inv(H[j:, j:])[0, 0] for j in range(40)])
+    (level,) = make_levels("sparsegpt", W, {"hessian": hessian(X)}, sparsity=0.5, compare="layer")
+    least = scores <= np.sort(scores.ravel())[12 * 40 // 2 - 1]
+    first = slice(0, sparsegpt.FEW)
+    assert np.array_equal(~kept(level).numpy()[:, first], least[:, first])
+
+
 def test_a_level_does_not_depend_on_what_is_made_beside_it(make_levels: Make) -> None:
     W, X = layer(16, 56, seed=2)
     statistics = {"hessian": hessian(X)}
