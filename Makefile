@@ -35,8 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/main_job.py
 	$(BIN)/python benchmarks/menu.py
-	$(BIN)/python benchmarks/depth.py --dropped 3
-	$(BIN)/python benchmarks/depth.py --dropped 4
+	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/width.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/kernels.py

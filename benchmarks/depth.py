@@ -1,6 +1,6 @@
 """Dropping half-blocks by search beside every way to drop as many: does evolution find the best of them?
 
-    python benchmarks/depth.py [--dropped 4] [--set PATH=VALUE]      # writes benchmarks/results/depth-4.md
+    python benchmarks/depth.py [--dropped 4] [--set PATH=VALUE]      # writes benchmarks/results/depth.md
 
 Runs `workflows/depth.yaml` with ten seeds, from the integer program's solution and from a random one, then measures
 every allocation with so many half-blocks dropped on the same text with the same evaluator. A search has found the
@@ -32,6 +32,8 @@ from layerwise.stages.levels.database import Database
 from layerwise.stages.models.causal_lm import CausalLM
 
 HERE = Path(__file__).parent
+FEW = [f"stages.search.with.{name}" for name in ("generations=8", "offspring=12", "survivors_per_selection=[3,1]")]
+"""Eight generations, of which each measures twelve candidates on a part of the text and four on all of it."""
 WORKFLOW = HERE.parent / "workflows" / "depth.yaml"
 SEEDS = 10
 STARTS = ("ilp", "random")
@@ -49,7 +51,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for start in STARTS:
         depth = f"params.depth=[{BLOCKS - arguments.dropped / 2:g}]"
-        sets = [f"params.seeds={list(range(SEEDS))}", f"params.start={start}", depth, *arguments.set]
+        sets = [f"params.seeds={list(range(SEEDS))}", f"params.start={start}", depth, *FEW, *arguments.set]
         run, workflow = _run(arguments.results, sets)
         stages = [row for row in latest_stages(run.store, run.id).values() if row["uses"] == "allocate"]
         searches = [row["stage_key"] for row in stages if row["stage"].startswith("search")]
@@ -69,7 +71,7 @@ def main() -> None:
         "",
     ]
     text = "\n".join(lines)
-    (HERE / "results" / f"depth-{arguments.dropped}.md").write_text(text, encoding="utf-8")
+    (HERE / "results" / "depth.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -266,6 +266,11 @@ def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mi
             )
     if droppable and profiles and params.loss not in ("kl", "influence"):
         yield ("loss",), f"only kl knows what a dropped or narrower part costs: with {params.loss} there would be none"
+    for budget in params.combinations:
+        depth = budget.get("depth", 1.0)
+        if (float(depth[:-1]) == 0) if isinstance(depth, str) else depth < 0.5:
+            yield ("budgets", "depth"), f"{depth} blocks leave no half-block: every block would be dropped"
+            break
     if "ms" in params.budgets and not feeding.get("latency"):
         yield ("budgets", "ms"), "milliseconds must have been measured: add a `latency` stage to needs"
     if params.solver == "dp" and len(params.budgets) > 1:

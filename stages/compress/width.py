@@ -26,7 +26,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from layerwise.errors import NotFinite, UsageError
 from layerwise.stages.compress import MenuEntry, Task
 from layerwise.stages.compress.gptq import Params as Rounding
-from layerwise.stages.models.channels import Channels, places
+from layerwise.stages.models.channels import Channels, index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,22 +185,19 @@ def saliency(weight: Tensor, hessian: Tensor, channels: Channels) -> Tensor:
     import torch
 
     W, H = weight.double(), hessian.double()
-    found = torch.empty(channels.groups, dtype=torch.float64)
     if all(size == 1 for _, size in channels.columns):
-        return (W.square().sum(0) * H.diagonal())[places(channels.columns, range(channels.groups), W.shape[1])].cpu()
-    for group in range(channels.groups):
-        index = places(channels.columns, [group], W.shape[1])
-        found[group] = ((W[:, index] @ H[index][:, index]) * W[:, index]).sum()
-    return found
+        return (W.square().sum(0) * H.diagonal())[index(channels.columns, range(channels.groups), W, 1)]
+    parts = [index(channels.columns, [group], W, 1) for group in range(channels.groups)]
+    return torch.stack([((W[:, part] @ H[part][:, part]) * W[:, part]).sum() for part in parts])
 
 
-def corrected(weight: Tensor, hessian: Tensor, kept: Sequence[int], damp_percent: float) -> Tensor:
+def corrected(weight: Tensor, hessian: Tensor, kept: Tensor, damp_percent: float) -> Tensor:
     """The kept columns, (out, kept), float64, with what they make up for; the formula of the module.
 
     Args:
         weight: (out, in).
         hessian: (in, in).
-        kept: numbers of the columns that stay.
+        kept: (kept,) int64, the columns that stay.
         damp_percent: share of the mean diagonal.
     """
     import torch
@@ -209,7 +206,7 @@ def corrected(weight: Tensor, hessian: Tensor, kept: Sequence[int], damp_percent
 
     W, H = weight.double(), hessian.double()
     gone = torch.ones(len(H), dtype=torch.bool, device=H.device)
-    gone[list(kept)] = False
+    gone[kept] = False
     within = H[kept][:, kept]
     if not within.diagonal().any():
         return W[:, kept]  # nothing that is kept ever speaks, so it has nothing to tell
@@ -225,12 +222,12 @@ def _narrowed(
     for name in channels.units:
         W, keep = task.weights[name], task.keep.get(name)
         if name == channels.out:
-            columns = places(channels.columns, kept, W.shape[1])
+            columns = index(channels.columns, kept, W, 1)
             part = corrected(W, hessian, columns, params.damp_percent).to(W.dtype) if params.correct else W[:, columns]
             keep = None if keep is None else keep[:, columns]
             own = hessian[columns][:, columns]
         else:
-            rows = places(channels.rows[name], kept, len(W))
+            rows = index(channels.rows[name], kept, W, 0)
             part, own = W[rows], None
             keep = None if keep is None else keep[rows]
         made[name] = _levels(task, params, name, part if keep is None else part * keep, own, keep)

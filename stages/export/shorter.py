@@ -124,6 +124,8 @@ def write_config(
         periods = [name for name in PERIODS if isinstance(getattr(text, name, None), int) and getattr(text, name) > 1]
         if periods:
             raise UnsupportedModel(f"{periods[0]} in its config.json makes blocks what their numbers are", hint=HINT)
+        if len(left.gone) >= total:
+            raise UnsupportedModel(f"all {total} blocks are dropped, so no model is left", hint=HINT)
         own[key] = total - len(left.gone)
         own |= cut(text.to_dict(), total, left)
     own |= settings or {}

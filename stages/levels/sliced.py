@@ -90,9 +90,10 @@ def kept_weights(level: Level) -> Tensor:
     """(out, in) bool: what is kept."""
     import torch
 
-    rows, columns = kept_places(level)
-    keep = torch.zeros(level.shape, dtype=torch.bool, device=level.tensors["groups"].device)
-    keep[torch.tensor(rows)[:, None], torch.tensor(columns)] = True
+    device = level.tensors["groups"].device
+    rows, columns = (torch.tensor(some, device=device) for some in kept_places(level))
+    keep = torch.zeros(level.shape, dtype=torch.bool, device=device)
+    keep[rows[:, None], columns] = True
     return keep
 
 
@@ -111,10 +112,10 @@ class Sliced:
     def decode(level: Level) -> Tensor:
         import torch
 
-        rows, columns = kept_places(level)
         part = kept_part(level).decode()
+        rows, columns = (torch.tensor(some, device=part.device) for some in kept_places(level))
         whole = torch.zeros(level.shape, device=part.device)
-        whole[torch.tensor(rows)[:, None], torch.tensor(columns)] = part
+        whole[rows[:, None], columns] = part
         return whole
 
     @staticmethod

@@ -2,14 +2,17 @@
 the output projection, or channels of an MLP.
 
 A half-block is narrowed by groups: a channel of an MLP, a head, or a key-value head with all query heads that share it.
-Free of torch, because survey, menu and export speak of it; `find_channels` finds out which weights hold what.
+Free of torch but for `index`, because menus and exports speak of it; `find_channels` finds out which weights hold what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Segments = tuple[tuple[int, int], ...]
 """Where groups lie along a dimension: of each run of groups, one behind the other, its start and a group's size."""
@@ -70,3 +73,10 @@ def places(segments: Segments, groups: Sequence[int], length: int) -> list[int]:
     if not segments:
         return list(range(length))
     return [start + group * size + i for start, size in segments for group in groups for i in range(size)]
+
+
+def index(segments: Segments, groups: Sequence[int], tensor: Tensor, dim: int) -> Tensor:
+    """The same along a dimension of a tensor, int64, on its device."""
+    import torch
+
+    return torch.tensor(places(segments, groups, tensor.shape[dim]), dtype=torch.int64, device=tensor.device)

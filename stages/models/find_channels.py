@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from layerwise.stages.models.channels import Channels, Segments, places
+from layerwise.stages.models.channels import Channels, Segments, index
 from layerwise.stages.models.installed import installed, laid_out
 from layerwise.stages.models.network import Unit
 
@@ -113,11 +113,11 @@ class _Half:
         out = self.units[channels.out]
         generator = torch.Generator().manual_seed(1)
         narrowed = self.network.weight(out).clone()
-        narrowed[:, places(channels.columns, gone, out.shape[1])] = 0
+        narrowed[:, index(channels.columns, gone, narrowed, 1)] = 0
         changed = {}
         for name, segments in channels.rows.items():
             weight = self.network.weight(self.units[name]).clone()
-            rows = places(segments, gone, len(weight))
+            rows = index(segments, gone, weight, 0)
             noise = torch.randn((len(rows), weight.shape[1]), generator=generator).to(weight)
             weight[rows] += noise * weight.float().std().to(weight)
             changed[name] = weight

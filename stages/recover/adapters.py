@@ -26,8 +26,10 @@ class AdapterParams(RepairEntry):
         return f"{self.method}-r{self.rank}"
 
     def misfit(self, recipe: Mapping[str, Any]) -> str | None:
-        """It fits every level of a weight."""
-        return None
+        """It fits every level of a weight that is there whole."""
+        if recipe["encoding"] != "sliced":
+            return None
+        return "it would bring back the heads or channels that went: repair the model of a dense export"
 
 
 def adapted(level: Level, factors: Factors, params: AdapterParams) -> Level:

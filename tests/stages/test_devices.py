@@ -108,6 +108,28 @@ def test_every_stage_works_on_another_device(place: Any, on_cpu: Made, other_dev
         assert found_kl == pytest.approx(expected_kl, rel=0.1, abs=1e-5)
 
 
+@pytest.mark.parametrize("other_device", [GPU, pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_heads_and_channels_go_on_another_device(place: Any, tmp_path: Path, other_device: str) -> None:
+    _, model, texts = place
+    menu = [
+        {"method": "width", "keep": 0.5, "multiple": 8},
+        {"method": "width", "keep": 0.5, "multiple": 8, "then": {"bits": 4, "group_size": 8}},
+    ]
+    databases = []
+    for device in ("cpu", other_device):
+        (tmp_path / device).mkdir()
+        bench = Bench(tmp_path / device, replace(model, device=device), texts)
+        levels = bench.run("compress", {"menu": menu}, statistics=bench.run("calibrate", {"statistics": ["hessian"]}))
+        databases.append(Database(levels, model))
+        bench.run("profile", {"metrics": ["influence"], "tokens": 64}, database=levels)
+    for expected, found in zip(*(database.units for database in databases), strict=True):
+        for one, other in zip(expected.levels, found.levels, strict=True):
+            assert other.recipe is not None and other.costs == one.costs, (found.name, other.name, other.error)
+            if not expected.is_parent and "width" in one.name:
+                a, b = (database.level(expected.name, one.name).decode() for database in databases)
+                assert (a - b).abs().max() < 0.05 * a.abs().max() or (a == b).float().mean() > 0.98
+
+
 SHORT = {"steps": 2, "check_every": 2, "batch_size": 2}
 REPAIRS = [
     [{"method": "eora", "rank": 2}, {"method": "refit"}, {"method": "svd", "rank": 1}, {"method": "statistics"}],

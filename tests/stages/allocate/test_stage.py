@@ -416,6 +416,19 @@ def test_a_loss_that_does_not_know_dropped_parts_is_refused_before_anything_runs
 
 
 @pytest.mark.parametrize(
+    ("depth", "wrong"), [(0.4, True), ("0%", True), ("0.1%", False), (0.5, False), ([2, 0.1], True)]
+)
+def test_a_depth_that_leaves_nothing_is_refused_before_anything_runs(depth: Any, wrong: bool) -> None:
+    from layerwise.stages.compress.params import CompressParams
+
+    params = AllocateParams.model_validate({"solver": "uniform", "budgets": {"depth": depth}})
+    menu = [{"method": "drop", "units": ["attention", "mlp", "block"]}, {"method": "dense"}]
+    found = [text for _, text in mistakes(params, {"database": [CompressParams.model_validate({"menu": menu})]})]
+    assert found == ([found[0]] if wrong else [])
+    assert all("every block would be dropped" in text for text in found)
+
+
+@pytest.mark.parametrize(
     ("menu", "told"),
     [
         ([{"method": "dense"}], "the menu makes no half-block narrower"),

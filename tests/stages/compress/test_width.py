@@ -67,7 +67,7 @@ def test_groups_are_ranked_by_the_energy_that_they_add_to_the_answer(channels: C
 
 def test_what_is_kept_makes_up_for_what_went_by_least_squares() -> None:
     given, X = task(MLP)
-    W, kept = given.weights["down"].double(), [0, 2, 3, 7, 11, 20]
+    W, kept = given.weights["down"].double(), torch.tensor([0, 2, 3, 7, 11, 20])
     answer = X.double() @ W.T
     best, *_ = np.linalg.lstsq(X[:, kept].double().numpy(), answer.numpy(), rcond=None)
     found = corrected(given.weights["down"], X.double().T @ X.double(), kept, 1e-12)
