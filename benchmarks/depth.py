@@ -45,11 +45,12 @@ def main() -> None:
     """Search, enumerate, report."""
     parser = argparse.ArgumentParser(description="Depth search beside enumeration.")
     parser.add_argument("--dropped", type=int, default=4, help="half-blocks that go, of twelve")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="where searches start")
     parser.add_argument("--results", type=Path, default=HERE.parent / "layerwise-results")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in `layerwise run -s`")
     arguments = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
-    for start in STARTS:
+    for start in arguments.starts:
         depth = f"params.depth=[{BLOCKS - arguments.dropped / 2:g}]"
         sets = [f"params.seeds={list(range(SEEDS))}", f"params.start={start}", depth, *FEW, *arguments.set]
         run, workflow = _run(arguments.results, sets)

@@ -87,7 +87,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "value": "float64",
         "stderr": "float64",
         "n_tokens": "int64",
-        "status": "string",
+        "status": "string",  # ok, nan, not_offered (no choice of its own: not measured)
     },
     "latency": {
         "unit": "string",  # NULL for the rest of the model: everything that is no unit

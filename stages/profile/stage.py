@@ -114,7 +114,8 @@ def _error(level: LevelEntry, metric: str) -> float | None:
 def _one_unit_changed(context: Context, params: ProfileParams, units: list[UnitEntry], text: Tokens) -> Table:
     factory = evaluator_factory(context, text, database=context.input("database"), batch_tokens=params.batch_tokens)
     changes = [
-        [number for number, level in enumerate(unit.levels) if level.usable and number != UNCHANGED] for unit in units
+        [number for number, level in enumerate(unit.levels) if level.usable and level.offered and number != UNCHANGED]
+        for unit in units
     ]
     model = (UNCHANGED,) * len(units)
     requests = {
@@ -159,7 +160,7 @@ def _rows(metric: Metric, units: list[UnitEntry], table: Table) -> list[Row]:
             "value": measured["mean"],
             "stderr": measured.get("stderr"),
             "n_tokens": measured.get("n_tokens"),
-            "status": "nan" if measured["mean"] is None else "ok",
+            "status": "ok" if measured["mean"] is not None else "nan" if level.offered else "not_offered",
         }
         for unit, measurements in zip(units, table, strict=True)
         for level, measured in zip(unit.levels, measurements, strict=True)

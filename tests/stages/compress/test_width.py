@@ -263,7 +263,13 @@ def test_equal_width_gives_all_half_blocks_of_a_role_one_level(narrowed: Callabl
     from layerwise.stages.allocate.allocation import load_allocations
 
     bench, made = narrowed("llama", [*MENU[:2], MENU[3]])
-    profile = bench.run("profile", {"tokens": 64}, database=made.out).out
+    profiled = bench.run("profile", {"metrics": ["kl"], "tokens": 64}, database=made.out)
+    statuses = {
+        (row["unit"].count(".") > 3, row["level"] == "dense", row["status"]) for row in profiled.rows["profile"]
+    }
+    # What is no choice of its own is not measured by itself.
+    assert statuses == {(False, False, "ok"), (True, True, "ok"), (True, False, "not_offered")}
+    profile = profiled.out
     settings = {"solver": "ilp", "budgets": {"parameters": ["30%", "60%"]}, "equal_width": True}
     for allocation in load_allocations(bench.run("allocate", settings, database=made.out, profile=profile).out):
         for role in ("self_attn", "mlp"):
