@@ -94,7 +94,7 @@ def _grids(level: Level, keep: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
-def _whole(level: Level) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def whole_blocks(level: Level) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes (out, in) uint8, scale and zero point of each (out, groups), and what is kept; a pruned weight has the code
     of zero."""
     from layerwise.kernels.packing import unpack
@@ -104,6 +104,11 @@ def _whole(level: Level) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     codes = zero.repeat_interleave(_size(level.recipe, keep.shape[1]), 1)[:, : keep.shape[1]].contiguous()
     codes[keep] = unpack(level.tensors["codes"], level.recipe["bits"], int(keep.sum()))[0]
     return codes, scale, zero, keep
+
+
+def of_kept_groups(level: Level, part: Tensor) -> Tensor:
+    """What is said of every group, (out, groups), as it is stored of those that are there."""
+    return part[_any_of_group(kept(level), level.recipe)]
 
 
 def _without_kernel(recipe: Mapping[str, Any]) -> str | None:
@@ -123,7 +128,7 @@ class BlockGrid:
 
     @staticmethod
     def decode(level: Level) -> Tensor:
-        codes, scale, zero, _ = _whole(level)
+        codes, scale, zero, _ = whole_blocks(level)
         size = _size(level.recipe, codes.shape[1])
         spread = [part.float().repeat_interleave(size, 1)[:, : codes.shape[1]] for part in (scale, zero)]
         return (codes.float() - spread[1]) * spread[0]
@@ -150,7 +155,7 @@ class BlockGrid:
 
         if _without_kernel(level.recipe) is not None:
             return None
-        codes, scale, zero, keep = _whole(level)
+        codes, scale, zero, keep = whole_blocks(level)
         (rows, columns), (n, k) = level.recipe["block"], level.shape
         tiles = pad(keep, (0, -k % columns, 0, -n % rows)).view(-(-n // rows), rows, -(-k // columns), columns)
         one_group = level.recipe["group_size"] == -1

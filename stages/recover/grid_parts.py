@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def grid_misfit(recipe: Mapping[str, Any]) -> str | None:
     """Why a level has no such parts; None if it has."""
-    if recipe["encoding"] not in ("grid", "masked_grid"):
+    if recipe["encoding"] not in ("grid", "masked_grid", "block_grid"):
         return f"{recipe['encoding']} has no scales of rows"
     along = recipe.get("group_along") == "outputs"
     return "its groups lie along outputs, so that no row has scales of its own" if along else None
@@ -47,16 +47,18 @@ class GridParts:
 
     @classmethod
     def of(cls, level: Level) -> GridParts:
-        """Those of a `grid` or `masked_grid` level."""
+        """Those of a `grid`, `masked_grid` or `block_grid` level."""
         import torch
 
         from layerwise.kernels.packing import unpack
+        from layerwise.stages.levels.block_grid import whole_blocks
         from layerwise.stages.levels.grid import group_grids
         from layerwise.stages.levels.mask import kept
         from layerwise.stages.levels.masked_grid import whole_grid
 
         tensors, recipe = level.tensors, level.recipe
-        codes, scale, zero = whole_grid(level)
+        blocks = recipe["encoding"] == "block_grid"
+        codes, scale, zero = whole_blocks(level)[:3] if blocks else whole_grid(level)
         group = group_grids(level)[2].long()
         middle = torch.full(scale.shape, 2.0 ** (recipe["bits"] - 1), dtype=torch.float64, device=scale.device)
         factor = torch.ones(codes.shape, dtype=torch.float64, device=codes.device)
@@ -74,4 +76,21 @@ class GridParts:
             scale_of = group * 0 if recipe["scale_group"] == -1 else group // recipe["scale_group"]
             key = "scale_above"
         zeros = middle if zero is None else zero.double()
-        return cls(codes.double(), zeros, group, factor, tensors[key].double(), scale_of, key)
+        stored_scale = tensors[key] if key == "scale_above" else scale
+        return cls(codes.double(), zeros, group, factor, stored_scale.double(), scale_of, key)
+
+
+def as_stored(level: Level, key: str, scale: Tensor, zero: Tensor | None = None) -> dict[str, Tensor]:
+    """New scales, and zero points, as tensors of a level.
+
+    Args:
+        key, scale: as of `GridParts`.
+        zero: (out, groups), whole numbers of any dtype; None to leave them.
+    """
+    from layerwise.stages.levels.block_grid import of_kept_groups
+    from layerwise.stages.levels.grid import as_stream
+
+    if level.recipe["encoding"] == "block_grid":
+        scale, zero = of_kept_groups(level, scale), None if zero is None else of_kept_groups(level, zero)
+    found = {key: scale.half()}
+    return found if zero is None else found | {"zero": as_stream(zero, level.recipe["bits"])}

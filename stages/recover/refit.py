@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from layerwise.stages.recover import RepairEntry, UnitRepair
-from layerwise.stages.recover.grid_parts import GridParts, grid_misfit
+from layerwise.stages.recover.grid_parts import GridParts, as_stored, grid_misfit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,8 +91,9 @@ def _scales(level: Level, W: Tensor, H: Tensor, damp: float) -> Level:
 
     from layerwise.stages.levels.scales import nearest_float16
 
-    basis, group, key = scale_basis(level)
-    stored = level.tensors[key]
+    parts = GridParts.of(level)
+    basis, group, key = scale_basis(parts), parts.scale_of, parts.key
+    stored = parts.scale.half()
     old = stored.double()
     fitted = []
     size = max(1, BATCH_BYTES // (8 * (old.shape[1] ** 2 + 3 * W.shape[1])))
@@ -109,16 +110,14 @@ def _scales(level: Level, W: Tensor, H: Tensor, damp: float) -> Level:
     new = torch.where(new.isfinite(), new, stored)
 
     def make(rows: Tensor | None) -> Level:
-        return _renamed(level, {key: new if rows is None else torch.where(rows[:, None], new, stored)})
+        return _renamed(level, as_stored(level, key, new if rows is None else torch.where(rows[:, None], new, stored)))
 
     return _better_rows(W, H, level, make)
 
 
-def scale_basis(level: Level) -> tuple[Tensor, Tensor, str]:
-    """A level as what its scales multiply: the weight (out, in) that scales of one would give, in float64, the scale of
-    each column, and the tensor that those scales are; see `GridParts`."""
-    parts = GridParts.of(level)
-    return (parts.codes - parts.zero.index_select(1, parts.group)) * parts.factor, parts.scale_of, parts.key
+def scale_basis(parts: GridParts) -> Tensor:
+    """What the scales of a level multiply: the weight (out, in) that scales of one would give, in float64."""
+    return (parts.codes - parts.zero.index_select(1, parts.group)) * parts.factor
 
 
 def normal_equations(U: Tensor, W: Tensor, H: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from layerwise.stages.recover.grid_parts import GridParts, grid_misfit
+from layerwise.stages.recover.grid_parts import GridParts, as_stored, grid_misfit
 from layerwise.stages.recover.training_params import TrainingParams
 
 if TYPE_CHECKING:
@@ -103,12 +103,10 @@ class Steps:
 
     def levels(self) -> Mapping[str, Level]:
         from layerwise.stages.levels.adapted import over
-        from layerwise.stages.levels.grid import as_stream
 
-        tensors = {**self.base.tensors, self.parts.key: self.stored_scale().detach().half()}
-        if self.moves:
-            tensors["zero"] = as_stream(self.stored_zero().detach(), self.base.recipe["bits"])
-        tensors |= self.new_codes()
+        zero = self.stored_zero().detach() if self.moves else None
+        grids = as_stored(self.base, self.parts.key, self.stored_scale().detach(), zero)
+        tensors = {**self.base.tensors, **grids, **self.new_codes()}
         recipe = dict(self.base.recipe) | {"repairs": [*self.base.recipe.get("repairs", ()), self.method]}
         made = replace(self.base, name=f"{self.base.name}+{self.method}", recipe=recipe, tensors=tensors)
         return {self.unit: over(self.level, made)}

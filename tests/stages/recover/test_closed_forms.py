@@ -67,7 +67,9 @@ def all_levels(make_levels: Callable[..., list[Any]]) -> list[tuple[Tensor, Tens
         ("gptq", {"bits": [2, 4], **grid, "sym": False, "desc_act": True}, None),
         ("gptq", {"bits": 2, **grid}, keep),
         ("trellis_nearest", {"bits": 2}, None),
-        ("magnitude", {"sparsity": [0.3, 0.6]}, None),
+        ("magnitude", {"sparsity": [0.3, 0.6], "pattern": "2:4"}, None),
+        ("magnitude", {"sparsity": 0.5, "block": [1, 8], "then": {"bits": 2, **grid}}, None),
+        ("magnitude", {"sparsity": 0.3, "block": [2, 4], "then": {"bits": 3, **grid, "sym": False}}, None),
     ]
     made = [level for method, menu, mask in asked for level in make_levels(method, W, known, keep=mask, **menu)]
     input_scale = torch.linspace(0.5, 2, COLUMNS).half().float()
@@ -104,7 +106,7 @@ def test_the_structure_of_the_level_below_survives_bit_for_bit(
         if method != "refit":
             assert torch.equal(base.decode(), level.decode())
             assert (base.name, dict(base.recipe)) == (level.name, dict(level.recipe))
-    assert encodings >= {"grid", "masked_grid", "mask"}
+    assert encodings >= {"grid", "masked_grid", "block_grid", "mask"}
 
 
 @pytest.mark.parametrize("method", CLOSED)
