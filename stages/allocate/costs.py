@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from layerwise.errors import InfeasibleBudget, NotFinite, UsageError, readable
 from layerwise.results.resources import OF_LEVELS, RESOURCES
+from layerwise.results.told import warn_once
 from layerwise.solvers import Problem
 from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex
 from layerwise.stages.models.network import named_by
@@ -262,8 +263,7 @@ class CostTable:
         Raises:
             InfeasibleBudget: below the least reachable.
             NotFinite: none of the levels of a unit could be made.
-            UsageError: each limit is above the greatest reachable, so that nothing is left to decide; nothing is known
-                of a resource; or none of the levels of a unit has a loss.
+            UsageError: nothing is known of a resource, or none of the levels of a unit has a loss.
         """
         self._check_known(budget)
         table = None
@@ -298,19 +298,15 @@ class CostTable:
             units=[unit.name for unit in self.units],
             nested=self.nested,
         )
-        idle = []
         for resource, amount in budget.items():
             least, most = (self._readable(resource, total) for total in problem.reachable(resource))
             if amount < least * (1 - 1e-9):
                 raise InfeasibleBudget(resource, amount, least)
             if amount > most * (1 + 1e-9):
-                idle.append((resource, amount, least, most))
-        if idle and len(idle) == len(budget):  # beside one that binds, a limit that does not is only an upper limit
-            resource, amount, least, most = idle[0]
-            raise UsageError(
-                f"budget {readable(amount)} {resource} is above the greatest reachable {readable(most)}",
-                hint=f"this menu reaches {readable(least)} to {readable(most)} {resource}",
-            )
+                warn_once(
+                    f"budget {readable(amount)} {resource} limits nothing: this menu reaches {readable(least)} to "
+                    f"{readable(most)} {resource}"
+                )
         return problem
 
     def amounts(

@@ -286,23 +286,21 @@ def _or_another_start(params: AllocateParams) -> str:
 
 
 def _out_of_reach(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mistakes:
-    """Budgets of bits that no allocation of the menu can meet, or that none can fill."""
+    """Budgets of bits that no allocation of the menu can meet."""
     menu = [entry for made in feeding.get("database", ()) for entry in made.menu]
     offers = [entry.nominal_bits() for entry in menu if not entry.offers_unchanged]
     known = [bits for offer in offers if offer is not None for bits in offer]
     if not known:
         return
-    open_ended = None in offers or any(entry.offers_unchanged for entry in menu)
     # What an earlier compression has pruned costs nothing, whatever its bits: then only a run can tell.
     compressed = any(hasattr(made, "pick") for made in feeding.get(BEFORE, ()))
     least = 0.0 if None in offers or compressed else min(known)
-    most = math.inf if open_ended else max(known)
     for budget in params.combinations:
         amount = budget.get("bits", least)
         if isinstance(amount, str):
             continue  # a share is within reach whatever the menu has
-        if not least <= amount <= most:
-            yield ("budgets", "bits"), f"{amount:g} bits per weight is out of reach: the menu has {least:g} to {most:g}"
+        if amount < least:
+            yield ("budgets", "bits"), f"{amount:g} bits per weight is out of reach: the menu has {least:g} or more"
 
 
 def allocate(context: Context, params: AllocateParams) -> None:
@@ -310,7 +308,7 @@ def allocate(context: Context, params: AllocateParams) -> None:
 
     Raises:
         InfeasibleBudget: a budget is below the least reachable.
-        UsageError: all limits of one are above the greatest reachable, or the solver lacks its profile or a budget its
+        UsageError: the solver lacks its profile or a budget its
             latencies.
     """
     index = DatabaseIndex(context.input("database"))

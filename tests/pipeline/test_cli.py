@@ -303,8 +303,7 @@ def test_a_mistake_in_the_file_is_told_with_its_place(
         (["validate", "FLOW", "-p", "bit=3"], "did you mean 'bits'?"),
         (["validate", "FLOW", "-s", "stages.serch.with.seed=1"], "serch"),
         (["validate", "FLOW", "--profile", "shirt"], "did you mean 'short'?"),
-        (["validate", "FLOW", "-p", "budgets=[3, 1.5]"], "1.5 bits per weight is out of reach: the menu has 2 to 8"),
-        (["validate", "FLOW", "-p", "budgets=[9, 3]"], "9 bits per weight is out of reach: the menu has 2 to 8"),
+        (["validate", "FLOW", "-p", "budgets=[3, 1.5]"], "1.5 bits per weight is out of reach: the menu has 2 or more"),
         (["schema", "--stage", "alocate"], "did you mean 'allocate'?"),
         (["frontier", "--results", "EMPTY"], "is not a results folder"),
         (["runs", "--results", "EMPTY"], "is not a results folder"),
@@ -337,7 +336,6 @@ def test_a_wrong_argument_ends_with_code_2_and_a_message(
         ("data.calibration.tokens=2000", "data.calibration: 2000 tokens asked for, but the text has 1000"),
         ("data.heldout.tokens=64k", "data.heldout: 64000 tokens asked for, but the text has 1000"),
         ("stages.search.with.budgets={bytes: 60000}", "below the least reachable"),
-        ("stages.search.with.budgets={bytes: 600000}", "above the greatest reachable"),
         ("stages.best.with.pick='00000'", "pick: '00000' fits no allocation"),
     ],
 )

@@ -39,8 +39,7 @@ def test_a_workflow_without_mistakes_passes(workflow: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.search.with.budgets.bits=1.5", "1.5 bits per weight is out of reach: the menu has 2 to 4"),
-        ("stages.search.with.budgets.bits=[3, 5]", "5 bits per weight is out of reach: the menu has 2 to 4"),
+        ("stages.search.with.budgets.bits=1.5", "1.5 bits per weight is out of reach: the menu has 2 or more"),
         ("stages.search.with.loss=kl", "the profile does not measure kl, only output_error"),
         ("stages.search.needs=[levels]", "ilp needs a profile: add a `profile` stage to needs"),
         ("stages.search.with={solver: dp, loss: output_error, budgets: {bits: 3, bytes: 9}}", "dp takes one budget"),
@@ -68,7 +67,7 @@ def test_an_amount_that_is_none_is_told_at_its_place_without_a_pattern(workflow:
 
 
 def test_the_place_of_the_mistake_is_that_of_the_value(workflow: Path) -> None:
-    workflow.write_text(WORKFLOW.replace("bits: 3", "bits: 9"), encoding="utf-8")
+    workflow.write_text(WORKFLOW.replace("bits: 3", "bits: 1"), encoding="utf-8")
     with pytest.raises(WorkflowError) as caught:
         load_workflow(workflow)
     (mistake,) = caught.value.mistakes

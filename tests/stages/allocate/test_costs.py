@@ -326,18 +326,19 @@ def test_a_budget_out_of_reach_says_what_is_reachable_in_the_unit_it_was_given_i
         two_units.problem({resource: least * 0.99}, tie=False, losses=None)
     assert f"{resource} is below the least reachable {least:.6g}" in short.value.message
     assert short.value.reachable == pytest.approx(least)
-    with pytest.raises(UsageError) as generous:
-        two_units.problem({resource: most * 1.01}, tie=False, losses=None)
-    assert f"is above the greatest reachable {most:.6g}" in generous.value.message
-    assert f"{least:.6g} to {most:.6g} {resource}" in (generous.value.hint or "")
 
 
-def test_a_limit_that_does_not_bind_is_no_error_beside_one_that_does(two_units: CostTable) -> None:
-    most = two_units.problem({}, tie=False, losses=None).reachable("bits")[1] / two_units.n_weights
-    problem = two_units.problem({"bits": most, "bytes": 1e9}, tie=False, losses=None)
+def test_a_limit_that_does_not_bind_is_told_and_no_error(
+    two_units: CostTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    least, most = (
+        amount / two_units.n_weights for amount in two_units.problem({}, tie=False, losses=None).reachable("bits")
+    )
+    problem = two_units.problem({"bits": most * 2, "bytes": 1e9}, tie=False, losses=None)
     assert set(problem.budgets) == {"bits", "bytes"}
-    with pytest.raises(UsageError, match="above the greatest reachable"):
-        two_units.problem({"bits": most * 2, "bytes": 1e9}, tie=False, losses=None)
+    assert problem.feasible([2, 2])
+    (bits, _) = caplog.messages
+    assert bits == f"budget {most * 2:.6g} bits limits nothing: this menu reaches {least:.6g} to {most:.6g} bits"
 
 
 def test_budgets_that_only_fail_together_are_reported_in_the_same_units(tmp_path: Path) -> None:
@@ -390,8 +391,7 @@ def test_only_what_is_offered_can_be_chosen_and_counts_for_what_is_reachable(tmp
     levels = level("dense", 3200, 3200, 400, offered=False), level("2b", 200, 250, 32), level("4b", 400, 450, 57)
     table = CostTable(database(tmp_path / "offered", unit("q", (10, 10), *levels)))
     assert table.problem({}, tie=False, losses=[[0.0, 2.0, 1.0]]).available.tolist() == [[False, True, True]]
-    with pytest.raises(UsageError, match=r"above the greatest reachable 4\n"):
-        table.problem({"bits": 5}, tie=False, losses=None)
+    assert table.problem({}, tie=False, losses=None).reachable("bits") == (200, 400)
     assert table.describe([0])["bytes"] == 1400, "an allocation may have it all the same, where another part is dropped"
     nothing = CostTable(database(tmp_path / "nothing", unit("q", (10, 10), *levels[:1])))
     with pytest.raises(NotFinite, match="unit q has no level to choose: none is offered"):
@@ -431,8 +431,6 @@ def test_milliseconds_out_of_reach_say_the_least_of_the_whole_model(timed: CostT
     with pytest.raises(InfeasibleBudget, match=r"1\.2 ms is below the least reachable 1\.3 \(short by 0\.1\)") as short:
         timed.problem({"ms": 1.2}, tie=False, losses=None)
     assert short.value.hint == "raise the budget or add a faster level to the menu"
-    with pytest.raises(UsageError, match=r"above the greatest reachable 1\.5"):
-        timed.problem({"ms": 1.6}, tie=False, losses=None)
 
 
 def test_a_budget_of_milliseconds_and_one_of_bytes_bind_together(timed: CostTable) -> None:

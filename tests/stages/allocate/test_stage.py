@@ -319,7 +319,6 @@ def test_candidates_of_a_search_over_parts_are_models_and_no_model_has_two_ids(m
     ("params", "profile", "error", "complaint"),
     [
         ({"solver": "ilp", "budgets": {"bits": 1.5}}, True, InfeasibleBudget, "below the least reachable 2 "),
-        ({"solver": "uniform", "budgets": {"bits": 4.5}}, True, UsageError, "above the greatest reachable 4$"),
         ({"solver": "evolve", "budgets": {"bits": [3, 1.9]}}, True, InfeasibleBudget, "budget 1.9 bits is below"),
         ({"solver": "ilp", "budgets": {"bits": 3}}, False, UsageError, "solver ilp needs a profile"),
         ({"solver": "evolve", "budgets": {"bits": 3}}, False, UsageError, "evolve with start: ilp needs a profile"),
