@@ -46,8 +46,9 @@ def compress_halves(context: Context, params: CompressParams, chosen: Chosen) ->
         _check_any(number, entry, {name: halves[name].role for name in {**known, **refused}}, refused)
         for name, why in refused.items():
             _write_failure(folder / str(number), name, why)
-        for name in known.keys() - refused.keys():
-            channels = known[name]
+        for name, channels in known.items():
+            if name in refused:
+                continue
             units = [chosen.item(unit) for unit, _ in chosen.units if unit.name in channels.units]
             half = halves[name].as_json()
             items.append({"number": number, "half": half, "channels": channels.as_json(), "units": units})
@@ -71,6 +72,8 @@ def noted_halves(params: CompressParams, model: ModelSource) -> Iterator[str]:
         if refused:
             name, why = next(iter(refused.items()))
             yield f"{len(refused)} of {len(known) + len(refused)} half-blocks stay as wide as they are: {name}: {why}"
+        if isinstance(entry, Width):
+            yield from dict.fromkeys(text for channels in known.values() for text in entry.rounded(channels))
 
 
 @cache
@@ -134,11 +137,8 @@ def _compress_half(
     from layerwise.stages.models.compressed import Weights
     from layerwise.stages.models.stored import Stored
 
-    half, channels, entry = (
-        Unit.from_json(item["half"]),
-        Channels.from_json(item["channels"]),
-        params.menu[item["number"]],
-    )
+    half, channels = Unit.from_json(item["half"]), Channels.from_json(item["channels"])
+    entry = params.menu[item["number"]]
     weights = Weights(source)
     units = {half.name: (half, parent_level("keep"))}
     for one in item["units"]:

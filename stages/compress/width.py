@@ -2,18 +2,20 @@
 
 Groups that can go together (`layerwise.stages.models.channels`) are ranked by what they add to the half-block's answer
 on the calibration tokens, tr(W_g H_gg W_gᵀ), from the Hessian H of the output projection's inputs and the projection's
-columns W_g; of a channel that is the squared norm of its activations times that of its weights, the product of the two
-that CFSP's finer step ranks by. All widths come from one ranking, so a narrower half-block is a part of a wider one.
-What is kept of the output projection then makes up for what went, as far as the kept channels tell it:
+columns W_g; of a channel that is the squared norm of its activations times that of its weights. All widths come from
+one ranking, so a narrower half-block is a part of a wider one. What is kept of the output projection then makes up for
+what went, as far as the kept channels tell it:
 
     W' = W_K + W_R H_RK (H_KK + damping)⁻¹
 
-the least squares solution, K kept and R removed. Its coarse step, how wide each block is, is left to whoever solves
-the allocation. With `then`, the weights that are left are quantized as by `gptq`, the projection after its correction.
+the least squares solution, K kept and R removed. How wide each block is, is left to whoever solves the allocation. With
+`then`, the weights that are left are quantized as by `gptq`, the projection after its correction. What was narrowed
+before is best compressed further from its dense export: here its zeros would be kept as a mask.
 
-Source: CFSP, the abstract (see its two steps there); the correction is that of OBC for a set of columns
-(arXiv:2208.11580, section 4), with damping towards the weights as they were. Left out: constant parts of removed
-channels, which a bias could take over.
+After CFSP (arXiv:2409.13199), which ranks blocks first, by how much they turn the hidden state (the profile's
+`influence`), and then channels by their activations; the ranking here is not its formula. The correction is that of OBC
+for a set of columns (arXiv:2208.11580, section 4), with damping towards the weights as they were. Left out: constant
+parts of removed channels, which a bias could take over.
 """
 
 from __future__ import annotations
@@ -112,6 +114,14 @@ class Params(MenuEntry):
                     hint="leave one of them out",
                 )
         return found
+
+    def rounded(self, channels: Channels) -> list[str]:
+        """Which of the shares are not met to the group, and what they are."""
+        return [
+            f"keep {keep:g} of {self._told(channels.groups, channels)} is {self._told(count, channels)}"
+            for keep, count in zip(self.keep, self.groups_kept(channels), strict=True)
+            if keep < 1 and count != keep * channels.groups
+        ]
 
     def _groups_kept(self, keep: float, channels: Channels) -> int:
         total, step = channels.groups, self.multiple if channels.role == "mlp" else 1

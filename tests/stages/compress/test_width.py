@@ -147,6 +147,14 @@ def test_a_width_that_a_half_block_cannot_have_is_named(given: dict[str, Any], c
         Params.model_validate(given).groups_kept(channels)
 
 
+def test_a_share_that_is_rounded_is_told() -> None:
+    params = Params(keep=(0.6, 0.3), multiple=8)
+    assert params.rounded(MLP) == [
+        f"keep {share} of 24 channels is {count} channels" for share, count in ((0.6, 16), (0.3, 8))
+    ]
+    assert params.rounded(HEADS) == ["keep 0.6 of 8 heads is 4 heads", "keep 0.3 of 8 heads is 2 heads"]
+
+
 # --- in the stages ----------------------------------------------------------------------------------------------------
 
 MENU = [
