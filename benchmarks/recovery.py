@@ -38,8 +38,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["refit", "eora", "statistics", "finetune", "finetune, text", "finetune, hidden states", "perp", "lora"],
     ),
     "3-bits": ({"method": "gptq", "bits": 3, "group_size": 32}, GRIDS),
+    "quarter-dropped": (
+        {"method": "rtn", "bits": 8, "group_size": 32},
+        ["statistics", "perp", "perp, text", "qat", "lora"],
+    ),
 }
-"""The level of all units, and what it is repaired by."""
+"""The level of all units, and what it is repaired by. In `quarter-dropped` half-blocks at even distances are left out
+besides, as many as it takes for a quarter; the rest is at 8 bits, where repairs of levels can work."""
 
 RANK = 4
 
@@ -56,9 +61,15 @@ def repair(label: str, steps: int) -> dict[str, Any]:
     return entry | {"loss": losses[loss]} | ({"rank": RANK} if method == "lora" else {})
 
 
-def compressed(bench: Bench, level: Mapping[str, Any], statistics: Path) -> Path:
-    """A model whose units are all at one level."""
-    levels = bench.run("compress", {"menu": [level]}, statistics=statistics)
+def compressed(bench: Bench, setting: str, statistics: Path) -> Path:
+    """A model whose units are all at the level of a setting."""
+    level, dropped = SETTINGS[setting][0], setting == "quarter-dropped"
+    menu = [level, {"method": "drop"}] if dropped else [level]
+    levels = bench.run("compress", {"menu": menu}, statistics=statistics)
+    if dropped:
+        given = {"solver": "even", "budgets": {"depth": "75%", "bits": level["bits"]}}
+        chosen = bench.run("allocate", given, database=levels)
+        return bench.run("apply", {"pick": "smallest"}, allocations=chosen, database=levels)
     budget = {"bits": level["bits"]} if "bits" in level else {"parameters": "100%"}
     profile = bench.run("profile", {"tokens": 1024, "metrics": ["output_error"]}, database=levels)
     chosen = bench.run("allocate", {"solver": "uniform", "budgets": budget}, database=levels, profile=profile)
@@ -70,7 +81,7 @@ def figures(bench: Bench, model: Path) -> dict[str, float]:
     scores = json.loads((bench.run("evaluate", {}, models=[model]) / "metrics.json").read_text())
     (mine,) = (score for name, score in scores.items() if name != "dense")
     levels = CompressedModel(model)
-    units = [levels.level(unit) for unit in levels.levels]
+    units = [levels.level(made.unit.name) for made in levels.document.units if not made.unit.is_parent]
     return {
         "kl": mine["kl"]["mean"],
         "perplexity": 2.718281828459045 ** mine["nll"]["mean"],
@@ -89,10 +100,10 @@ def measure(args: argparse.Namespace, model: ModelSource, data: Mapping[str, Tex
     bench = Bench(folder, model, data)
     statistics = bench.run("calibrate", {"statistics": ["hessian"]})
     for setting in args.only or SETTINGS:
-        level, labels = SETTINGS[setting]
+        labels = SETTINGS[setting][1]
         wanted = [label for label in labels if args.repairs is None or label in args.repairs]
         missing = [label for label in ["none", *wanted] if f"{setting}/{label}/{args.steps}" not in rows]
-        base = compressed(bench, level, statistics) if missing else statistics
+        base = compressed(bench, setting, statistics) if missing else statistics
         for label in missing:
             began, made = time.perf_counter(), base
             if label != "none":
@@ -189,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines += table(rows, setting, args.steps)
     bench = Bench(args.work / f"bench-{time.time_ns()}", model, data)
     bench.folder.mkdir()
-    base = compressed(bench, SETTINGS["2-bits"][0], bench.run("calibrate", {"statistics": ["hessian"]}))
+    base = compressed(bench, "2-bits", bench.run("calibrate", {"statistics": ["hessian"]}))
     speed = loop_speed(model, base)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines += [

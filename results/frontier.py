@@ -41,6 +41,9 @@ GREATER_IS_BETTER = frozenset({"heldout_accuracy"})
 _UNREPAIRED = {"allocate", "apply"}
 """Stages whose model is the allocation itself; behind any other, a recovery say, it has been changed."""
 
+RECOVERED = ("repair", "recovered_kl", "recovered_bytes", "recovered_effective_bits", "finalists", "ranks_changed")
+"""Columns of allocations that were compared after a repair."""
+
 _MISSING = {
     True: "a run of an earlier layerwise has none; run the workflow again",
     False: "add a `latency` stage to what `allocate` needs",
@@ -55,6 +58,7 @@ COLUMNS = [
     *RESOURCES,
     "metric",
     "kl",
+    *RECOVERED,
     *HELDOUT,
     "heldout_data",
     "ranked_by",
@@ -67,6 +71,8 @@ COLUMNS = [
 _TYPES = dict.fromkeys(("kl", *HELDOUT), "float64") | {
     name: "Int64" if resource.type == "int64" else "float64" for name, resource in RESOURCES.items()
 }
+_TYPES |= dict.fromkeys(("recovered_kl", "recovered_effective_bits"), "float64")
+_TYPES |= dict.fromkeys(("recovered_bytes", "finalists", "ranks_changed"), "Int64")
 
 
 def frontier_table(
@@ -94,7 +100,8 @@ def frontier_table(
         dominated: also give the allocations that are not on the front.
     Returns:
         The columns `COLUMNS`, by rising cost. `ranked_by` names the loss that was used, `metric` what `kl` measured in
-        the search. Held-out figures are those of the allocation itself, not of a model repaired afterwards.
+        the search. Held-out figures are those of the allocation itself, not of a model repaired afterwards; what a
+        repair won back on the search data stands in the columns `RECOVERED`.
     Raises:
         UsageError: no such cost, no such run, no such stage in it, no allocation (of that solver) yet, or none with
             that cost.
@@ -112,6 +119,7 @@ def frontier_table(
     records = [
         {
             **{column: row[column] for column in ("solver", "budget", "metric", "kl", "candidate", *RESOURCES)},
+            **{column: row.get(column) for column in RECOVERED},
             **{column: heldout.value(row, metric) for column, metric in HELDOUT.items()},
             "run": run,
             "stage": names[row["stage_key"]],
@@ -139,6 +147,30 @@ def frontier_table(
     frame["knee"] = False if bend is None else frame.index == front.index[bend]
     shown = frame if dominated else frame[frame["on_front"]]
     return shown.sort_values([over, ranked_by, "candidate"], ascending=[True, sign > 0, True], ignore_index=True)
+
+
+def after_repair(frame: pd.DataFrame) -> tuple[int, int]:
+    """Whether the frontier after a repair lies at or below the one before, at equal bytes.
+
+    Args:
+        frame: from `frontier_table`, its dominated allocations included.
+    Returns:
+        of all sizes of a repaired allocation, at how many the best repaired one that is no larger has at most the KL of
+        the best unrepaired one that is no larger; and how many sizes there are. Sizes below every unrepaired one count.
+    """
+    made = frame[frame["recovered_kl"].notna() & frame["recovered_bytes"].notna()]
+    before = frame[frame["kl"].notna()]
+    sizes = sorted(set(made["recovered_bytes"]))
+
+    def least(losses: pd.Series, costs: pd.Series, size: int) -> float:
+        within = losses[costs <= size]
+        return float(within.min()) if len(within) else float("inf")
+
+    kept = [
+        least(made["recovered_kl"], made["recovered_bytes"], size) <= least(before["kl"], before["bytes"], size)
+        for size in sizes
+    ]
+    return sum(kept), len(sizes)
 
 
 def dense_losses(store: Store, run: str | None = None, *, data: str | None = None) -> dict[str, float]:

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#666666"
+_BLACK = "#000000"
+
+_RECOVERED_COSTS = {
+    "bytes": "recovered_bytes",
+    "effective_bits": "recovered_effective_bits",
+    "bits": "bits",
+    "depth": "depth",
+}
+"""Where a repaired allocation stands on an axis: a repair changes neither bits without overhead nor depth."""
 
 _COST_TITLES = {name: resource.axis for name, resource in RESOURCES.items()} | {"bytes": "stored size ({unit})"}
 _LOSS_TITLES = {
@@ -66,9 +75,10 @@ def plot_frontier(
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     _draw_points(axes, x, y, points)
+    after = _draw_repaired(axes, points, over, scale) if loss == "kl" else []
     if dense is not None:
         axes.axhline(dense, color=_GREY, linestyle=(0, (4, 3)), linewidth=1, zorder=1, label="dense model")
-    values = [*y, *([] if dense is None else [dense])]
+    values = [*y, *after, *([] if dense is None else [dense])]
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
     axes.set_xlabel(cost_title)
@@ -102,6 +112,18 @@ def _draw_points(axes: Any, x: pd.Series, y: pd.Series, points: pd.DataFrame) ->
     for i in points.index[points["knee"].astype(bool)]:
         ring = {"marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgecolor": "black"}
         axes.plot(x[i], y[i], **ring, linestyle="none", zorder=5, label=f"knee ({x[i]:.3g}, {y[i]:.3g})")
+
+
+def _draw_repaired(axes: Any, points: pd.DataFrame, over: Cost, scale: int) -> list[float]:
+    """What allocations are after the repair that they were compared by, where that is known; gives the losses."""
+    cost = _RECOVERED_COSTS.get(over)
+    made = points[points["recovered_kl"].notna()]
+    if cost is None or made.empty:
+        return []
+    repairs = ", ".join(sorted(made["repair"].unique()))
+    look = {"color": _BLACK, "marker": "x", "linestyle": "none", "markersize": 7, "zorder": 5}
+    axes.plot(made[cost].astype("float64") / scale, made["recovered_kl"], **look, label=f"after {repairs}")
+    return [float(loss) for loss in made["recovered_kl"]]
 
 
 def _cost_axis(points: pd.DataFrame, over: Cost) -> tuple[str, int]:

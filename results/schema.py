@@ -145,9 +145,16 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "tokens": "int64",  # evaluated by the search itself, the profile's not counted
         "profile_tokens": "int64",
         "seconds": "float64",
+        "finalists": "int64",  # how many of this budget were compared after a repair
+        "ranks_changed": "int64",  # how many of them have another rank after it than before
+        "repair": "string",  # NULL where there was none, or nothing that it fits
+        "recovered_kl": "float64",
+        "recovered_bytes": "int64",  # with what the repair adds
+        "recovered_effective_bits": "float64",
         **columns(),  # of the whole model
     },
     "recovery": {
+        "candidate": "string",  # the finalist of an `allocate` stage that was repaired; NULL in a `recover` stage
         "repair": "string",  # the method and what tells it from others: eora-r8
         "unit": "string",  # NULL for all that the repair is made of, together
         "step": "int64",  # of training; of a repair without, 0 before and 1 after

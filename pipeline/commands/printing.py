@@ -39,7 +39,28 @@ def print_frontier(frame: pd.DataFrame, format_: Format, over: str | None = None
             frame = frame.drop(columns="heldout_perplexity")
         shown = {"bits", "effective_bits", "bytes", over, None if frame["ms"].isna().all() else "ms"}
         frame = frame.drop(columns=[name for name in RESOURCES if name not in shown])
+        if frame["repair"].isna().all():
+            from layerwise.results.frontier import RECOVERED
+
+            frame = frame.drop(columns=list(RECOVERED))
     print_table(frame, format_)
+
+
+def print_after_repair(frame: pd.DataFrame) -> None:
+    """For people: what comparing after a repair has changed, if there was one.
+
+    Args:
+        frame: a frontier with its dominated allocations.
+    """
+    from layerwise.results.frontier import after_repair
+
+    repairs = ", ".join(sorted(frame["repair"].dropna().unique()))
+    if repairs:
+        kept, sizes = after_repair(frame)
+        print(
+            f"\nafter {repairs}, on the search data: at or below the frontier before at {kept} of {sizes} sizes, at "
+            f"equal bytes; {frame['ranks_changed'].sum()} of {frame['finalists'].sum()} finalists changed their rank"
+        )
 
 
 def print_outcome(store: Store, run: str) -> None:
@@ -50,6 +71,7 @@ def print_outcome(store: Store, run: str) -> None:
     stages = latest_stages(store, run)
     if any(row["uses"] == "allocate" for row in stages.values()):
         print_frontier(frontier_table(store, run), "table")
+        print_after_repair(frontier_table(store, run, dominated=True))
     for stage, row in stages.items():
         if row["uses"] == "export":
             print(f"{stage}: {store.root / 'runs' / run / 'stages' / stage}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from layerwise.pipeline.commands.options import RESULTS, TO_READ, FormatOption, ResultsOption, RunArgument, open_store
-from layerwise.pipeline.commands.printing import print_frontier, print_table
+from layerwise.pipeline.commands.printing import print_after_repair, print_frontier, print_table
 from layerwise.results.resources import RESOURCES
 
 
@@ -39,6 +39,8 @@ def frontier(
         plot_frontier(read(dominated=True), plot, over, loss, dense_losses(store, run))
         print(f"wrote {plot}", file=sys.stderr)
     print_frontier(read(dominated=all_), format_, over)
+    if format_ in TO_READ:
+        print_after_repair(read(dominated=True))
 
 
 def show(

@@ -26,6 +26,7 @@ class Allocation:
         sizes: by resource, as people read it (`layerwise.results.resources`); those that were not measured are left
             out.
         kl, perplexity: on the search data; None when not finite.
+        recovered_kl: the same after the repair of `recover`; None without one.
         format: of export, in whose files bytes are counted; None for the bytes of the levels themselves.
     """
 
@@ -37,6 +38,7 @@ class Allocation:
     sizes: dict[str, float]
     kl: float | None = None
     perplexity: float | None = None
+    recovered_kl: float | None = None
     format: str | None = None
 
 

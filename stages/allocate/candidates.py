@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from layerwise.solvers import Ask, Search
+from layerwise.solvers import Ask, Problem, Search
 from layerwise.stages.allocate.costs import CostTable
 from layerwise.stages.contract import Context, Row
-from layerwise.stages.evaluate.scoring import Pool, Request, Score, score
+from layerwise.stages.evaluate.scoring import Genome, Measurement, Pool, Request, Score, score
 
 ROWS_PER_FILE = 256
 """Candidates are written in batches: reading a Parquet table costs per file, not per row."""
@@ -38,6 +38,7 @@ class CandidateSearch:
         self.solver, self.metric, self.searches = solver, metric, searches
         self._finished = 0
         self._rows: list[Row] = []
+        self._measured: dict[Genome, tuple[int, float]] = {}
 
     def run(self, search: Search, budget: str) -> int:
         """Bring a search to its end.
@@ -49,12 +50,15 @@ class CandidateSearch:
             the tokens that its candidates were evaluated on, added up.
         """
         spent = 0
+        self._measured = {}
         while not search.done:
             ask = search.ask()
             genomes = tuple(tuple(self.table.canonical(candidate.tolist())) for candidate in ask.candidates)
             request = Request(genomes, (self.metric,), ask.tokens, ask.draw)
             scores = score(self.pool, request, workers=self.context.executor.workers)
             search.tell([_fitness(measured[self.metric]["mean"]) for measured in scores])
+            for candidate, measured in zip(ask.candidates, scores, strict=True):
+                self._note(tuple(candidate.tolist()), measured[self.metric])
             spent += sum(measured[self.metric]["n_tokens"] for measured in scores)
             self._rows += [
                 self._row(budget, ask, genome, measured) for genome, measured in zip(genomes, scores, strict=True)
@@ -64,6 +68,30 @@ class CandidateSearch:
             self._report(search, ask, budget)
         self._finished += 1
         return spent
+
+    def best(self, problem: Problem, count: int) -> list[Genome]:
+        """The best candidates of the last search that are within its budgets: of those that were measured on the most
+        tokens the ones with the least loss, then of those on fewer.
+
+        Args:
+            problem: of that search.
+            count: how many at most.
+        """
+        order = sorted(self._measured, key=lambda genome: (-self._measured[genome][0], self._measured[genome][1]))
+        found: list[Genome] = []
+        for genome in order:
+            canonical = tuple(self.table.canonical(genome))
+            if canonical not in found and problem.feasible(genome):
+                found.append(canonical)
+            if len(found) == count:
+                break
+        return found
+
+    def _note(self, genome: Genome, measured: Measurement) -> None:
+        """Keep of a candidate what was measured on the most tokens."""
+        known = self._measured.get(genome)
+        if measured["mean"] is not None and (known is None or measured["n_tokens"] >= known[0]):
+            self._measured[genome] = (measured["n_tokens"], measured["mean"])
 
     def flush(self) -> None:
         """Make the rows that were not written yet durable."""

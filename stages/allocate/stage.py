@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from layerwise.errors import InfeasibleBudget, UsageError
 from layerwise.results.resources import EXPLAINED, RESOURCES
@@ -25,14 +25,19 @@ from layerwise.solvers import PRESETS, SEARCHES, SOLVERS, Problem, Solution, Sto
 from layerwise.stages.allocate.allocation import Allocation, make_allocation, save_allocations
 from layerwise.stages.allocate.candidates import CandidateSearch
 from layerwise.stages.allocate.costs import Amount, CostTable, budget_text, load_times
+from layerwise.stages.allocate.finalists import Recovery, best_recovered
 from layerwise.stages.allocate.methods import find_search, find_solver, is_search, search_names, solver_names
 from layerwise.stages.contract import BEFORE, Context, Params, Port, Stage, always
-from layerwise.stages.data.text import tokenized
+from layerwise.stages.data.text import Tokens, tokenized
 from layerwise.stages.evaluate.scoring import Request, Score, evaluator_factory, perplexity, score
 from layerwise.stages.export import HELD, held_names
 from layerwise.stages.levels.database import DatabaseIndex
 from layerwise.stages.models.selection import valid_patterns
 from layerwise.stages.quantities import Count, parse_bytes, parse_count
+from layerwise.stages.recover import RepairEntry
+from layerwise.stages.recover.params import WITH_TEXT, AnyEntry, RecoverParams
+from layerwise.stages.recover.params import mistakes as repair_mistakes
+from layerwise.stages.recover.texts import Text
 from layerwise.stages.registry import nearest
 
 if TYPE_CHECKING:
@@ -108,6 +113,10 @@ STOP_RULES = {"evaluations": "evaluations", "patience": "patience", "max_tokens"
 """Parameters that end a search, and the rule of `Stop` that each becomes."""
 
 
+FINALISTS = 8
+TEXT = "calibration"
+"""The text that a repair reads, if none is named."""
+
 MOST = 1_000_000
 """Of generations, and of candidates at a time: a search beyond that would not end."""
 
@@ -149,6 +158,23 @@ class AllocateParams(Params):
     any_bits: bool = Field(False, description="of `format: compressed_tensors`: as of `export`")
     asymmetric: bool = Field(False, description="of `format: compressed_tensors`: as of `export`")
     data: str = Field("calibration", description="the text to search on, by its name in the workflow's data section")
+    finalists: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="of a search: how many of the best candidates of every budget are repaired with `recover`, and "
+        "compared after it; other solvers have one each. 8, if `recover` is said without it",
+    )
+    recover: AnyEntry | None = Field(
+        None,
+        description="a short repair, as one of `repairs` of a `recover` stage: of every budget the candidate that is "
+        "best after it is chosen. It only ranks: the repaired model itself is made by a `recover` stage behind `apply`",
+    )
+    repair_data: str | None = Field(
+        None,
+        description="the text that the repair reads, if it reads any; calibration, if left out. Candidates are "
+        "compared on `data`: if that is the same text, a repair that trains looks better than it is",
+    )
     seed: int = Field(0, ge=0, description="of a search")
     batch_tokens: Count = Field(2048, description="tokens that run at a time")
     start: Literal["ilp", "uniform", "random"] = Field("ilp", description="of a search: where it starts")
@@ -168,6 +194,15 @@ class AllocateParams(Params):
     evaluations: int | None = Field(None, ge=1, description="of a search: stop after so many evaluated candidates")
     patience: int | None = Field(None, ge=1, description="of a search: stop after so many rounds without progress")
     max_tokens: Count | None = Field(None, description="of a search: stop after so many evaluated tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_recovery(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(entry := given.get("recover"), dict | RepairEntry):
+            return given
+        method = entry.get("method") if isinstance(entry, dict) else entry.method
+        text = {"repair_data": TEXT} if method in WITH_TEXT and given.get("repair_data") is None else {}
+        return {**given, **text, "finalists": FINALISTS if given.get("finalists") is None else given["finalists"]}
 
     @field_validator("solver")
     @classmethod
@@ -210,16 +245,33 @@ class AllocateParams(Params):
     def material(self) -> dict[str, Any]:
         """Without what the solver does not read: another seed does not change an ILP."""
         idle = set() if self.format else {"format", *FORMAT_SETTINGS}
+        idle |= set(OF_RECOVERY) if self.recover is None else {"recover"}
+        repair = {} if self.repairs is None else {"recover": self.repairs.material()}
         if not is_search(self.solver):
-            return self.model_dump(mode="json", exclude={"seed", "start", "fitness", *SETTINGS, *STOP_RULES, *idle})
+            unread = {"seed", "start", "fitness", "finalists", *SETTINGS, *STOP_RULES, *idle}
+            return self.model_dump(mode="json", exclude=unread) | repair
         material = self.model_dump(mode="json", exclude={*SETTINGS, *idle} - set(read_by(self.solver)))
-        return material | ({"preset": asdict(PRESETS[self.preset])} if material.get("preset") and self.preset else {})
+        preset = {"preset": asdict(PRESETS[self.preset])} if material.get("preset") and self.preset else {}
+        return material | repair | preset
 
     def sources(self) -> Iterable[str]:
         """The module of a solver or search of another package; ours are imported, and so counted, in any case."""
+        repair = () if self.repairs is None else self.repairs.sources()
         if self.solver in SOLVERS or self.solver in SEARCHES:
-            return ()
-        return [(find_search if is_search(self.solver) else find_solver)(self.solver).__module__]
+            return repair
+        return [(find_search if is_search(self.solver) else find_solver)(self.solver).__module__, *repair]
+
+    @property
+    def repairs(self) -> RecoverParams | None:
+        """What finalists are repaired by, as a `recover` stage would be told."""
+        if self.recover is None:
+            return None
+        return RecoverParams.model_validate({"repairs": [self.recover], "data": self.repair_data})
+
+    @property
+    def needs_statistics(self) -> list[str]:
+        """Statistics that the repair needs."""
+        return [] if self.recover is None else sorted(self.recover.needs)
 
     @property
     def needs_losses(self) -> bool:
@@ -232,6 +284,9 @@ class AllocateParams(Params):
         lists = [amounts if isinstance(amounts, list) else [amounts] for amounts in self.budgets.values()]
         return [dict(zip(self.budgets, amounts, strict=True)) for amounts in itertools.product(*lists)]
 
+
+OF_RECOVERY = ("finalists", "recover", "repair_data")
+"""Parameters of the comparison after a repair."""
 
 WITHOUT_LOSSES = ("uniform", "even")
 """Solvers that need no profile."""
@@ -271,6 +326,7 @@ def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mi
         if (float(depth[:-1]) == 0) if isinstance(depth, str) else depth < 0.5:
             yield ("budgets", "depth"), f"{depth} blocks leave no half-block: every block would be dropped"
             break
+    yield from _unrepaired(params, feeding)
     if "ms" in params.budgets and not feeding.get("latency"):
         yield ("budgets", "ms"), "milliseconds must have been measured: add a `latency` stage to needs"
     if params.solver == "dp" and len(params.budgets) > 1:
@@ -279,6 +335,19 @@ def mistakes(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mi
     if survivors and tokens and len(survivors) != len(tokens):
         yield ("survivors_per_selection",), f"{len(survivors)} rounds, but tokens_per_selection has {len(tokens)}"
     yield from _out_of_reach(params, feeding)
+
+
+def _unrepaired(params: AllocateParams, feeding: Mapping[str, Sequence[Any]]) -> Mistakes:
+    """What is wrong with the comparison after a repair."""
+    if params.repairs is None:
+        for name in ("finalists", "repair_data"):
+            if getattr(params, name) is not None:
+                yield (name,), "finalists are compared after a repair: say which, as in recover: {method: refit}"
+        return
+    for (_, _, *path), text in repair_mistakes(params.repairs, feeding):
+        yield ("recover", *map(str, path)), text
+    if params.format is not None and params.repairs.repairs[0].adds_adapters:
+        yield ("recover", "method"), f"{params.format} holds no adapters: leave `format` out, or choose another method"
 
 
 def _or_another_start(params: AllocateParams) -> str:
@@ -334,20 +403,43 @@ def allocate(context: Context, params: AllocateParams) -> None:
                 solution, effort = _solve(params, problem, searches, text, tokens.total)
             except InfeasibleBudget as error:
                 raise table.in_words(error, amounts) from error
-            allocation = make_allocation(table, solution.choice.tolist(), solver=params.solver, budget=budget)
-            found.append((allocation, solution, effort))
+            own = make_allocation(table, solution.choice.tolist(), solver=params.solver, budget=budget)
+            others = searches.best(problem, params.finalists) if params.finalists and is_search(params.solver) else []
+            chosen = list(dict.fromkeys([own.genome, *others]))[: params.finalists or 1]
+            finalists = [make_allocation(table, genome, solver=params.solver, budget=budget) for genome in chosen]
+            found.append((finalists, solution, effort))
         searches.flush()
-        genomes = tuple(allocation.genome for allocation, _, _ in found)
+        genomes = tuple(finalist.genome for finalists, _, _ in found for finalist in finalists)
         metrics = ("kl", "nll") if tokens.labelled else ("kl",)
-        scores = score(pool, Request(genomes, metrics), workers=context.executor.workers, note="allocations")
+        scores = iter(score(pool, Request(genomes, metrics), workers=context.executor.workers, note="allocations"))
+    recovery = _recovery(context, params, tokens, table)
     rows, allocations = [], []
-    for (unmeasured, solution, effort), measured in zip(found, scores, strict=True):
-        quality = {"kl": measured["kl"]["mean"], "perplexity": _perplexity(measured)}
-        allocation = replace(unmeasured, **quality, format=params.format)
+    for number, (unmeasured, solution, effort) in enumerate(found):
+        finalists = [_measured(finalist, next(scores), params.format) for finalist in unmeasured]
+        allocation: Allocation = finalists[0]
+        compared: dict[str, Any] = {}
+        if recovery is not None:
+            context.progress(number, len(found), f"budgets; {len(finalists)} finalists to be repaired")
+            allocation, compared = best_recovered(finalists, recovery)
         allocations.append(allocation)
-        rows.append(_row(allocation, solution) | effort | {"profile_tokens": profile_tokens})
+        of_solver = solution if allocation.genome == finalists[0].genome else None
+        rows.append(_row(allocation, of_solver) | effort | {"profile_tokens": profile_tokens} | compared)
     save_allocations(context.out, allocations)
     context.record("allocations", rows)
+
+
+def _measured(allocation: Allocation, score: Score, format_: str | None) -> Allocation:
+    return replace(allocation, kl=score["kl"]["mean"], perplexity=_perplexity(score), format=format_)
+
+
+def _recovery(context: Context, params: AllocateParams, tokens: Tokens, table: CostTable) -> Recovery | None:
+    """What repairs finalists, if they are to be repaired."""
+    repairs = params.repairs
+    if repairs is None:
+        return None
+    text = repairs.data
+    read = None if text is None else Text(text, tokens if text == params.data else tokenized(context, text))
+    return Recovery(context, repairs, read, tokens, batch_tokens=params.batch_tokens, n_weights=table.n_weights)
 
 
 def _charges(context: Context, params: AllocateParams, index: DatabaseIndex) -> Charges | None:
@@ -424,7 +516,18 @@ def _settings(params: AllocateParams) -> dict[str, Any]:
     return settings | ({"stop": Stop(**rules)} if rules else {})
 
 
-def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
+def _row(allocation: Allocation, solution: Solution | None) -> dict[str, Any]:
+    """An allocation as a row; without a solution where another finalist than the solver's was best repaired."""
+    claims = (
+        {}
+        if solution is None
+        else {
+            "predicted_loss": solution.loss,
+            "lower_bound": solution.lower_bound,
+            "gap": solution.gap,
+            "solver_status": solution.status,
+        }
+    )
     return {
         "candidate": allocation.candidate,
         "solver": allocation.solver,
@@ -433,13 +536,10 @@ def _row(allocation: Allocation, solution: Solution) -> dict[str, Any]:
         "units": list(allocation.levels),
         "levels": list(allocation.levels.values()),
         **allocation.sizes,
-        "predicted_loss": solution.loss,
         "metric": "kl",
         "kl": allocation.kl,
         "perplexity": allocation.perplexity,
-        "lower_bound": solution.lower_bound,
-        "gap": solution.gap,
-        "solver_status": solution.status,
+        **claims,
     }
 
 
@@ -452,10 +552,11 @@ STAGE = Stage(
         "database": Port("database"),
         "profile": Port("profile", optional=True),
         "latency": Port("latency", optional=True),
+        "statistics": Port("statistics", optional=True),
     },
-    data=("data",),
+    data=("data", "repair_data"),
     check=mistakes,
     impl=2,
-    any_network=always,
+    any_network=lambda params: params.recover is None,
     on_gpu=always,
 )

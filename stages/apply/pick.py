@@ -14,8 +14,9 @@ from layerwise.stages.allocate.allocation import Allocation
 from layerwise.stages.allocate.costs import budget_text
 
 PICK = (
-    "knee: where the frontier of bits and KL bends (best, if it does not); best: least KL; smallest: fewest bits; a "
-    "budget as it stands in the frontier (bits=3); or the first digits of a candidate"
+    "knee: where the frontier of bits and KL bends (best, if it does not); best: least KL (both after the repair, if "
+    "`allocate` compared by one); smallest: fewest bits; a budget as it stands in the frontier (bits=3); or the first "
+    "digits of a candidate"
 )
 """What `how` may be, for people."""
 
@@ -51,10 +52,12 @@ def pick(allocations: list[Allocation], how: str) -> Allocation:
         UsageError: nothing fits.
     """
     if how in _WORDS:
+        repaired = all(allocation.recovered_kl is not None for allocation in allocations)
+        losses = [allocation.recovered_kl if repaired else allocation.kl for allocation in allocations]
         measured = [
-            (allocation.sizes["bits"], allocation.kl, allocation)
-            for allocation in allocations
-            if allocation.kl is not None
+            (allocation.sizes["bits"], kl, allocation)
+            for allocation, kl in zip(allocations, losses, strict=True)
+            if kl is not None
         ]
         if not measured:
             raise UsageError("no allocation has a finite KL", hint="raise the budget")

@@ -61,6 +61,9 @@ class RepairEntry(Params):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Statistics that it reads, by their names in `layerwise.stages.calibrate.STATISTICS`."""
 
+    adds_adapters: ClassVar[bool] = False
+    """Whether it may lay adapters beside levels, which only some formats hold."""
+
     @property
     def name(self) -> str:
         """What the repair goes by in results: its method, and what else tells it from others of that method."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ class AdapterParams(RepairEntry):
 
     rank: int = Field(8, ge=1, description="columns of B and rows of A; at most the smaller side of a weight is taken")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="in which adapters are stored")
+
+    adds_adapters: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

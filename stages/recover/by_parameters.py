@@ -17,7 +17,7 @@ from layerwise.stages.recover.texts import Text
 
 
 def fit_parameters(
-    context: Context, entry: RepairEntry, folder: Path, text: Text, number: int, out: Path
+    context: Context, entry: RepairEntry, folder: Path, text: Text, key: str, out: Path
 ) -> dict[str, dict[str, Any]]:
     """Make a repair of scope `parameters`.
 
@@ -25,14 +25,14 @@ def fit_parameters(
         context: the stage's.
         folder: the model to be repaired.
         text: to be fitted to.
-        number: of the repair, for keys.
+        key: of the repair, at the start of those of its items.
         out: gets the `base`.
     Returns:
         no levels: none is made anew.
     """
-    fitted = context.items / f"fitted-{number}.safetensors"
+    fitted = context.items / f"fitted-{key}.safetensors"
     fit = partial(_fit, workflow=context.model, folder=folder, text=text, target=fitted)
-    context.executor.map(fit, [entry], keys=[f"{number}-fitted"], note="models")
+    context.executor.map(fit, [entry], keys=[f"{key}-fitted"], note="models")
     context.executor.map(partial(write_base, workflow=context.model, folder=folder, out=out), [fitted])
     return {}
 

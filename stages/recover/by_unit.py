@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def repair_units(
-    context: Context, entry: RepairEntry, folder: Path, chosen: Sequence[CompressedUnit], number: int, out: Path
+    context: Context, entry: RepairEntry, folder: Path, chosen: Sequence[CompressedUnit], key: str, out: Path
 ) -> dict[str, dict[str, Any]]:
     """Repair some units and write their files.
 
@@ -27,7 +27,7 @@ def repair_units(
         context: the stage's.
         folder: the model to be repaired.
         chosen: the units.
-        number: of the repair, for keys.
+        key: of the repair, at the start of those of its items.
         out: gets the files.
     Returns:
         by unit, `level` and `recipe` of what it has now.
@@ -37,7 +37,7 @@ def repair_units(
     source = source_of(folder, context.model)
     statistics = context.optional("statistics")
     work = partial(repair_unit, entry=entry, folder=folder, source=source, statistics=statistics, out=out)
-    keys = [f"{number}-{made.unit.name}" for made in chosen]
+    keys = [f"{key}-{made.unit.name}" for made in chosen]
     answers = context.executor.map(work, [made.as_json() for made in chosen], keys=keys, note="units")
     levels = {made.unit.name: answer for made, answer in zip(chosen, answers, strict=True)}
     context.record("recovery", _rows(entry, levels))

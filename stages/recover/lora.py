@@ -8,7 +8,7 @@ lets it: the product is masked in training, too, and nothing is added to the fil
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,8 @@ class Params(TrainingParams):
     rank: int = Field(8, ge=1, description="of new adapters; those that are there keep theirs")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="in which new adapters are stored")
     merge: bool = Field(True, description="take adapters into pruned weights, as far as their masks let them")
+
+    adds_adapters: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

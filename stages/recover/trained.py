@@ -23,7 +23,7 @@ HISTORY = "recovery.json"
 
 
 def train(
-    context: Context, entry: TrainingParams, folder: Path, units: Sequence[str], text: Text, number: int, out: Path
+    context: Context, entry: TrainingParams, folder: Path, units: Sequence[str], text: Text, key: str, out: Path
 ) -> dict[str, dict[str, Any]]:
     """Train one repair and write what comes of it.
 
@@ -32,7 +32,7 @@ def train(
         folder: the model to be repaired.
         units: those that it is made of.
         text: to be trained on.
-        number: of the repair, for keys.
+        key: of the repair, at the start of those of its items.
         out: gets the units' files, and where parameters that are no units were trained a `base` of its own.
     Returns:
         by unit, name and recipe of its level.
@@ -41,7 +41,7 @@ def train(
         NotFinite: the model gives NaN or Inf before it is trained.
         UsageError: its teacher is of another kind.
     """
-    checkpoints = context.items / f"train-{number}"
+    checkpoints = context.items / f"train-{key}"
     work = partial(
         open_training,
         entry=entry,
@@ -55,7 +55,7 @@ def train(
     history: dict[str, Any] = {"repair": entry.name, "losses": [], "heldout": [], "stop": ""}
     with context.executor.replicas(work) as pool:
         for point in _points(entry):
-            (told,) = pool.map([("train", point)], keys=[f"{number}-step-{point}"])
+            (told,) = pool.map([("train", point)], keys=[f"{key}-step-{point}"])
             context.record("recovery", _rows(entry, told, point, context.data[text.name].sequence_length))
             context.progress(point, entry.steps, f"steps; held-out loss {told['heldout']:.4g}")
             history["losses"] += told["losses"]
@@ -63,7 +63,7 @@ def train(
             history |= {"best_step": told["best_step"], "stop": told["stop"]}
             if told["stop"]:
                 break
-        (levels,) = pool.map([("write", point)], keys=[f"{number}-written"])
+        (levels,) = pool.map([("write", point)], keys=[f"{key}-written"])
     if not entry.of_units:
         write = partial(write_base, workflow=context.model, folder=folder, out=out)
         context.executor.map(write, [checkpoints / _file(point)])

@@ -32,8 +32,10 @@ CHAIN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "preset": "quick",
             "generations": 2,
             "tokens_per_selection": [64, 256],
+            "finalists": 2,
+            "recover": {"method": "eora", "rank": 2},
         },
-        ("database", "profile"),
+        ("database", "profile", "statistics"),
     ),
     "apply": ({}, ("allocations", "database")),
     "recover": (
