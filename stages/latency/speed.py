@@ -59,7 +59,7 @@ def speed(context: Context, params: SpeedParams) -> None:
     machine = fingerprint(params)
     require_same(Device.from_json(timed["machine"]), Device.from_json(machine), "the table of the latency stage")
     chosen = _chosen(context, params, index)
-    _check_timed(chosen, index)
+    check_timed(chosen, index)
     work = ForwardPass(context.model, params.device, timed["batch"], timed["tokens"], params.whole_sampling())
     items: dict[str, Any] = {DENSE: partial(time_loaded, work)}
     for allocation in chosen:
@@ -90,7 +90,7 @@ def _chosen(context: Context, params: SpeedParams, index: DatabaseIndex) -> list
     return list({allocation.candidate: allocation for allocation in picked}.values())
 
 
-def _check_timed(chosen: Sequence[Allocation], index: DatabaseIndex) -> None:
+def check_timed(chosen: Sequence[Allocation], index: DatabaseIndex) -> None:
     """Refuse what would run at full size here, and was not timed."""
     for allocation in chosen:
         narrow = [unit for unit, level in allocation.levels.items() if index.inside(unit, level)]

@@ -250,6 +250,23 @@ def test_a_narrow_candidate_is_the_model_with_zeros_for_what_went(
     assert torch.equal(load(native).logits(ids), model.logits(ids))
 
 
+def test_no_time_is_told_of_a_narrow_half_block_that_would_run_whole(narrowed: Callable[..., tuple[Any, Any]]) -> None:
+    from layerwise.stages.latency.charging import is_timed, narrows
+    from layerwise.stages.latency.speed import check_timed
+
+    _, made = narrowed("llama", [MENU[0], MENU[3]])
+    index = DatabaseIndex(made.out)
+    half = index.by_name["model.layers.2.mlp"]
+    assert [narrows(level) for level in half.levels] == [False, True, True]
+    inside = [level for unit in index.units for level in unit.levels if "width" in level.name and not unit.is_parent]
+    assert not any(is_timed(half, level) for level in inside)
+    genome = [int(unit.name == half.name) for unit in index.units]
+    allocation = make_allocation(CostTable(index), genome, solver="hand", budget={"bits": 32})
+    with pytest.raises(UsageError, match=r"the first is model\.layers\.2\.mlp"):
+        check_timed([allocation], index)
+    check_timed([make_allocation(CostTable(index), [0] * len(genome), solver="hand", budget={"bits": 32})], index)
+
+
 def test_what_cannot_be_narrowed_is_refused_or_left_out_by_name(
     narrowed: Callable[..., tuple[Any, Any]], model_folder: Callable[[str], Path]
 ) -> None:
