@@ -26,8 +26,12 @@ PARTS = {
     "sparsity": "Pruning alone: three methods, uniform and searched",
     "prune_and_round": "Bits alone, and pruning with rounding in one pass, at the same bytes",
 }
-SETS = {("prune_and_round", "stories260k"): ["params.bytes=[225000,232000,240000,255000,270000,290000]"]}
-"""What a part needs to be told of a model: budgets in bytes."""
+SETS = {
+    ("sparsity", "demo"): ["stages.profile.with.tokens=1024", "stages.evolve.with.generations=4"],
+    ("prune_and_round", "demo"): ["stages.profile.with.tokens=1024"],
+    ("prune_and_round", "stories260k"): ["params.bytes=[225000,232000,240000,255000,270000,290000]"],
+}
+"""What a part needs to be told of a model: budgets in bytes, and less text where a model takes longer."""
 
 
 def main() -> None:

@@ -28,11 +28,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
 
-from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, rtn
-from layerwise.stages.compress.grid import StoredGridParams, check_finite, dequantize, fit, grid_or_masked, quantize
+from layerwise.stages.compress.grid import StoredGridParams, dequantize, fit, grid_or_masked, quantize
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
-from layerwise.stages.compress.recursion import blocks, inverse_factor, pass_on
+from layerwise.stages.compress.recursion import blocks, check_layer, inverse_factor, pass_on
 from layerwise.stages.levels.scales import WHOLE, Scales
 
 if TYPE_CHECKING:
@@ -126,10 +125,7 @@ def quantized(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor |
     """
     import torch
 
-    check_finite("weight", weight)
-    check_finite("Hessian", hessian)
-    if not hessian.diagonal(dim1=-2, dim2=-1).any():
-        raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
+    check_layer(weight, hessian)
     hessians = hessian if hessian.dim() == 3 else hessian[None]
     keeps = [None] * len(hessians) if keep is None else list(keep.chunk(len(hessians)))
     parts = zip(weight.chunk(len(hessians)), hessians, keeps, strict=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from layerwise.errors import NotFinite
+from layerwise.stages.compress.grid import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 DAMP_STEP = 0.01
 LEAF = 8
 """Columns that are corrected one by one; more are halved, and one half corrects the other by a matrix product."""
+
+
+def check_layer(weight: Tensor, hessian: Tensor) -> None:
+    """Raise NotFinite if there is a NaN or Inf, or if the Hessian, (in, in) or (groups, in, in), is zero."""
+    check_finite("weight", weight)
+    check_finite("Hessian", hessian)
+    if not hessian.diagonal(dim1=-2, dim2=-1).any():
+        raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
 
 
 def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:

@@ -29,10 +29,10 @@ from pydantic import AliasChoices, Field, model_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, magnitude
-from layerwise.stages.compress.grid import check_finite, dequantize, fit, quantize
+from layerwise.stages.compress.grid import dequantize, fit, quantize
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
 from layerwise.stages.compress.pruning import Amount, PruningParams, Then, keep_pattern, least, lost, rounded_level
-from layerwise.stages.compress.recursion import blocks, inverse_factor, pass_on
+from layerwise.stages.compress.recursion import blocks, check_layer, inverse_factor, pass_on
 from layerwise.stages.levels.index import spread_blocks
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 MAX_ELEMENTS = 1 << 26
 """Weights, times levels, that are worked on at a time, unless one level has more: 512 MiB in float64. A mask is chosen
 over all rows."""
-
 
 FEW = 8
 MOST_CHOICES = 256
@@ -65,9 +64,8 @@ class Params(PruningParams):
         description="share of the Hessian's mean diagonal that is added to its diagonal",
     )
     block_size: int = Field(
-        128, ge=1, description="columns whose mask is chosen at a time; an N:M group at a time has its own"
+        128, ge=1, description="columns whose mask is chosen at a time; N:M masks are chosen a group at a time"
     )
-
     compare: Literal["block", "layer"] = Field(
         "block",
         description="single weights: block: each `block_size` columns lose the same share, as published; layer: each "
@@ -120,10 +118,7 @@ def pruned(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor | No
     """
     import torch
 
-    check_finite("weight", weight)
-    check_finite("Hessian", hessian)
-    if not hessian.diagonal(dim1=-2, dim2=-1).any():
-        raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
+    check_layer(weight, hessian)
     hessians = hessian if hessian.dim() == 3 else hessian[None]
     rows = len(weight) // len(hessians)
     parts = [
@@ -139,9 +134,8 @@ def pruned(weight: Tensor, hessian: Tensor, params: Params, *, keep: Tensor | No
         "compare": params.compare,
     }
     levels = []
-    for number, (name, variant) in enumerate(
-        zip(params.level_names(), _variants(params, weight.shape[1]), strict=True)
-    ):
+    named = zip(params.level_names(), _variants(params, weight.shape[1]), strict=True)
+    for number, (name, variant) in enumerate(named):
         made = [layers[number] for layers, _ in parts]
         said: dict[str, Any] = {"method": params.method, **variant.amount.recipe, **recipe, **precision_recipe(dtype)}
         kept = torch.cat([layer.keep for layer in made], 1).T
@@ -230,11 +224,11 @@ def _part(
     at_a_time = max(1, MAX_ELEMENTS // W.numel())
     layers = []
 
-    def passed(number: int) -> tuple[int, bool]:
+    def chosen_at(number: int) -> tuple[int, bool]:
         return variants[number].step, variants[number].cell is None
 
-    for _, same in groupby(sorted(range(len(variants)), key=passed), key=passed):
-        numbers = list(same)
+    for _, together in groupby(sorted(range(len(variants)), key=chosen_at), key=chosen_at):
+        numbers = list(together)
         for start in range(0, len(numbers), at_a_time):
             some = numbers[start : start + at_a_time]
             kept = None if keep is None else keep.T
@@ -363,10 +357,13 @@ class _Pass:
 
         assert self.cell is not None
         tall, wide = self.cell
+        W = self.W[start:, v]
+        if self.before is not None:
+            W = W * self.before[start:]  # what is gone already costs nothing
         if wide == 1:
-            errors = self.W[start:, v].square() / self.costs[start:, None]
+            errors = W.square() / self.costs[start:, None]
         else:
-            W = pad(self.W[start:, v], (0, 0, 0, -(self.columns - start) % wide)).unflatten(0, (-1, wide))
+            W = pad(W, (0, 0, 0, -(self.columns - start) % wide)).unflatten(0, (-1, wide))
             errors = torch.linalg.solve_triangular(self.factors[start // wide :].mT, W, upper=False).square().sum(1)
         errors = pad(errors, (0, -self.rows % tall)).unflatten(1, (-1, tall)).sum(2)
         return ~least(errors, self.going[v])[: -(-(end - start) // wide)]

@@ -236,8 +236,11 @@ def test_what_was_pruned_before_stays_so_and_is_counted(make_levels: Make) -> No
         "sparsegpt", W * before, {"hessian": hessian(X)}, keep=before, sparsity=0.5, pattern="2:4"
     ):
         assert not level.decode()[~before].any()
-    (level,) = make_levels("sparsegpt", W * before, {"hessian": hessian(X)}, keep=before, sparsity=0.5)
-    assert level.parameters == W.numel() // 2
+    for compare in ("block", "layer"):
+        menu = {"sparsity": 0.5, "compare": compare}
+        (level,) = make_levels("sparsegpt", W * before, {"hessian": hessian(X)}, keep=before, **menu)
+        assert level.parameters == W.numel() // 2
+        assert not level.decode()[~before].any()
 
 
 def test_an_unusable_hessian_and_values_too_large_are_told(make_levels: Make) -> None:
