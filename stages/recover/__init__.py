@@ -33,6 +33,7 @@ REPAIRS = {
     "statistics": "layerwise.stages.recover.statistics:statistics",
     "perp": "layerwise.stages.recover.perp:perp",
     "step_size": "layerwise.stages.recover.step_size:step_size",
+    "block_qat": "layerwise.stages.recover.block_qat:block_qat",
     "qat": "layerwise.stages.recover.qat:qat",
     "finetune": "layerwise.stages.recover.finetune:finetune",
     "lora": "layerwise.stages.recover.lora:lora",
@@ -72,6 +73,10 @@ class RepairEntry(Params):
     def misfit(self, recipe: Mapping[str, Any]) -> str | None:
         """Why it cannot repair a level with such a recipe; None if it can."""
         return None
+
+    def misfit_of(self, unit: Unit, recipe: Mapping[str, Any]) -> str | None:
+        """The same of the level of a certain unit."""
+        return self.misfit(recipe)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def fitting_units(
     meant = {
         unit.name for unit in select_units([made.unit for made in weights], params.targets or ["re:"], params.ignore)
     }
-    reasons = {name: entry.misfit(recipes[name]) for made in weights if (name := made.unit.name) in meant}
+    reasons = {name: entry.misfit_of(made.unit, recipes[name]) for made in weights if (name := made.unit.name) in meant}
     misfits = {name: reason for name, reason in reasons.items() if reason is not None}
     if len(misfits) == len(reasons):
         name, reason = next(iter(misfits.items()))
@@ -134,7 +134,7 @@ def _repaired(
         levels = fit_parameters(context, entry, folder, text, key, out)
     else:
         assert text is not None, "parameters name a text where a repair reads one"
-        levels = train(context, entry, folder, [made.unit.name for made in chosen], text, key, out)
+        levels = train(context, entry, folder, [made.unit for made in chosen], text, key, out)
     out.mkdir(exist_ok=True)
     for made in document.units:
         if made.unit.name not in levels:

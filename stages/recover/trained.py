@@ -15,6 +15,7 @@ from layerwise.stages.recover.by_parameters import write_base
 from layerwise.stages.recover.texts import Text
 
 if TYPE_CHECKING:
+    from layerwise.stages.models.network import Unit
     from layerwise.stages.recover.training import Trainer
     from layerwise.stages.recover.training_params import TrainingParams
 
@@ -23,7 +24,7 @@ HISTORY = "recovery.json"
 
 
 def train(
-    context: Context, entry: TrainingParams, folder: Path, units: Sequence[str], text: Text, key: str, out: Path
+    context: Context, entry: TrainingParams, folder: Path, units: Sequence[Unit], text: Text, key: str, out: Path
 ) -> dict[str, dict[str, Any]]:
     """Train one repair and write what comes of it.
 
@@ -41,13 +42,14 @@ def train(
         NotFinite: the model gives NaN or Inf before it is trained.
         UsageError: its teacher is of another kind.
     """
+    entry = entry.for_units(units)
     checkpoints = context.items / f"train-{key}"
     work = partial(
         open_training,
         entry=entry,
         workflow=context.model,
         folder=folder,
-        units=tuple(units),
+        units=tuple(unit.name for unit in units),
         text=text,
         checkpoints=checkpoints,
         out=out,
@@ -110,13 +112,14 @@ def open_training(
     from layerwise.stages.models.causal_lm import CausalLM
     from layerwise.stages.models.checkpoint import Checkpoint
     from layerwise.stages.recover import find_repair
+    from layerwise.stages.recover.by_block import BlockTrainer
     from layerwise.stages.recover.parts import ModelRepair
     from layerwise.stages.recover.training import Trainer, split_sequences
 
     train_on, heldout = split_sequences(load_sequences(text.tokens), entry, text.name)
     source = source_of(folder, workflow)
     student = CausalLM.load(source)
-    asked = any(weight for name, weight in entry.loss.items() if name != "cross_entropy")
+    asked = entry.by_block or any(weight for name, weight in entry.loss.items() if name != "cross_entropy")
     teacher = CausalLM.load(replace(workflow, compressed=None)) if asked else None
     model = CompressedModel(folder)
     made = {one.unit.name: one for one in model.document.units}
@@ -129,9 +132,14 @@ def open_training(
         return stored.read(checkpoint).to(source.device)
 
     parts = find_repair(entry.method).run(ModelRepair(student, levels, dense), entry)
-    trainer = Trainer(
-        student, teacher, parts, train_on.to(source.device), heldout.to(source.device), entry, checkpoints
-    )
+    texts = train_on.to(source.device), heldout.to(source.device)
+    trainer: Trainer
+    if entry.by_block:
+        assert teacher is not None, "asked for above"
+        of = [levels[name][0] for name in units]
+        trainer = BlockTrainer(student, teacher, parts, *texts, entry, checkpoints, of)
+    else:
+        trainer = Trainer(student, teacher, parts, *texts, entry, checkpoints)
     return partial(_answer, trainer, out)
 
 

@@ -228,6 +228,7 @@ class Trainer:
             if not math.isfinite(loss):
                 return self._broken(until, losses, step + 1)
             losses.append(loss)
+        self.end_stretch()
         self.state.step = until
         heldout = self.heldout_loss()
         if not math.isfinite(heldout):
@@ -262,16 +263,27 @@ class Trainer:
     def _step(self, step: int) -> float:
         params, total = self.params, 0.0
         for batch in self._batches(step):
-            loss = self._loss(self.train, self.teachers[0], batch) / params.accumulate
+            loss = self.training_loss(step, batch) / params.accumulate
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self.free.values(), params.clip)
-        rate = params.learning_rate * schedule(step, params)
+        rate = params.learning_rate * self.share_of_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
+
+    def training_loss(self, step: int, batch: Tensor) -> Tensor:
+        """What a step makes smaller, on some of the sequences that are trained on, by their numbers."""
+        return self._loss(self.train, self.teachers[0], batch)
+
+    def share_of_rate(self, step: int) -> float:
+        """The learning rate of a step as a share of its greatest."""
+        return schedule(step, self.params)
+
+    def end_stretch(self) -> None:
+        """What is to be done after the steps of a stretch, before its loss is taken; nothing here."""
 
     def _batches(self, step: int) -> Iterator[Tensor]:
         """The sequences of a step: each round takes all in an order of its own, one after another over the steps."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
 from layerwise.stages.quantities import Count
 from layerwise.stages.recover import RepairEntry
+
+if TYPE_CHECKING:
+    from layerwise.stages.models.network import Unit
 
 Loss = Literal["kl", "cross_entropy", "squarehead"]
 
@@ -48,6 +52,13 @@ class TrainingParams(RepairEntry):
     seed: int = Field(0, ge=0, description="of the order of the sequences and of what starts at random")
 
     scope: ClassVar[Literal["unit", "parameters", "model"]] = "model"
+
+    by_block: ClassVar[bool] = False
+    """Whether each block is trained by itself, in a stretch of its own (`by_block.py`)."""
+
+    def for_units(self, units: Sequence[Unit]) -> Self:
+        """The parameters of a training of some units, where their number tells how many steps there are."""
+        return self
 
     @field_validator("loss")
     @classmethod

@@ -23,6 +23,7 @@ from layerwise.stages.levels.adapted import below
 from layerwise.stages.models.causal_lm import CausalLM
 from layerwise.stages.models.compressed import CompressedModel, source_of
 from layerwise.stages.recover import find_repair
+from layerwise.stages.recover.by_block import BlockTrainer
 from layerwise.stages.recover.losses import Answer, divergence, loss_of, next_token, squarehead
 from layerwise.stages.recover.params import TRAINING, RecoverParams
 from layerwise.stages.recover.training import Trainer, schedule
@@ -30,7 +31,10 @@ from layerwise.stages.recover.training_params import TrainingParams
 
 SHORT = {"steps": 6, "check_every": 2, "batch_size": 3, "heldout": 0.25}
 FIXED = ("mask", "g_idx", "input_scale", "scale_codes")
-MOVED = {"step_size": {"scale", "zero"}, "qat": {"scale", "zero", "codes"}, "finetune": {"values"}, "lora": {"values"}}
+MOVED = {
+    "step_size": {"scale", "zero"}, "qat": {"scale", "zero", "codes"}, "block_qat": {"scale", "zero", "codes"},
+    "finetune": {"values"}, "lora": {"values"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +59,10 @@ def test_training_lowers_the_loss_and_keeps_the_structure_bit_for_bit(
     made, folder = applied(family)
     repaired = made.bench.run("recover", {"repairs": [{"method": method, **SHORT}]}, model=folder)
     heldout = [row["value"] for row in repaired.rows["recovery"] if row["metric"] == "heldout_loss"]
-    assert len(heldout) == 4
-    assert min(heldout) < heldout[0]
+    assert method == "block_qat" or len(heldout) == 4  # that has one for each block with a grid
+    # Here blocks are nearer to the dense ones, see below, and the whole is not: the start is kept.
+    kept = (method, family) == ("block_qat", "granitemoe")
+    assert min(heldout) < heldout[0] or kept
     before, after = CompressedModel(folder), CompressedModel(repaired.out)
     assert before.levels.keys() == after.levels.keys()
     changed = set()
@@ -69,8 +75,34 @@ def test_training_lowers_the_loss_and_keeps_the_structure_bit_for_bit(
                 changed.add(name)
         assert sum(one.nbytes for one in new.tensors.values()) == old.size_bytes
     assert changed <= MOVED.get(method, set()), "nothing else moves"
-    assert (method == "perp") == (not changed)
+    assert (method == "perp" or kept) == (not changed)
     assert (repaired.out / "base").is_dir() == (method == "perp")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "granitemoe"])
+def test_a_block_that_is_trained_by_itself_is_nearer_to_the_dense_one_or_stays_as_it_was(
+    applied: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Its answers, worked out again from what is installed, on the sequences that were held out."""
+    made, folder = applied(family)
+    errors: list[tuple[float, float]] = []
+
+    def end(self: BlockTrainer) -> None:
+        before, began = self._error, self._at
+        plain(self)
+        self._begin_block(began)  # anew, with what was kept
+        errors.append((before, self._error))
+        self._at = -1
+
+    plain = BlockTrainer.end_stretch
+    monkeypatch.setattr(BlockTrainer, "end_stretch", end)
+    repaired = made.bench.run("recover", {"repairs": [{"method": "block_qat", **SHORT}]}, model=folder)
+    assert len(errors) >= 2
+    assert all(after <= before for before, after in errors)
+    assert any(after < before for before, after in errors)
+    left = {row["unit"]: row["error"] for row in repaired.rows["recovery"] if row["status"] == "left"}
+    grids = {unit for unit, recipe in recipes(folder).items() if recipe["encoding"] == "grid"}
+    assert {error for unit, error in left.items() if unit in grids} <= {"it stands in no block"}
 
 
 @pytest.mark.parametrize("method", TRAINING)
@@ -216,7 +248,7 @@ def test_a_training_that_is_killed_again_and_again_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["qat", "lora", "perp"])
+@pytest.mark.parametrize("method", ["qat", "block_qat", "lora", "perp"])
 def test_ten_kills_change_nothing(applied: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     made, folder = applied("gpt2")
     repairs = {"repairs": [{"method": method, "steps": 13, "check_every": 2, "batch_size": 2}]}
