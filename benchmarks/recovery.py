@@ -30,12 +30,25 @@ HERE = Path(__file__).parent
 DEMO = HERE.parent / "workflows" / "demo"
 LENGTH, BATCH = 128, 8
 
-GRIDS = ["refit", "svd", "eora", "statistics", "qat", "step_size", "perp", "lora", "qat, text"]
+GRIDS = [
+    "refit", "svd", "eora", "statistics", "step_size", "perp", "lora", "qat", "qat, text", "block_qat",
+    "block_qat + step_size", "block_qat + qat",
+]  # fmt: skip
 SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "2-bits": ({"method": "gptq", "bits": 2, "group_size": 32}, GRIDS),
     "60%-sparse": (
         {"method": "magnitude", "sparsity": 0.6},
-        ["refit", "eora", "statistics", "finetune", "finetune, text", "finetune, hidden states", "perp", "lora"],
+        [
+            "refit",
+            "eora",
+            "statistics",
+            "finetune",
+            "finetune, text",
+            "finetune, hidden states",
+            "sparse_training",
+            "perp",
+            "lora",
+        ],
     ),
     "3-bits": ({"method": "gptq", "bits": 3, "group_size": 32}, GRIDS),
     "quarter-dropped": (
@@ -49,9 +62,14 @@ besides, as many as it takes for a quarter; the rest is at 8 bits, where repairs
 RANK = 4
 
 
-def repair(label: str, steps: int) -> dict[str, Any]:
-    """The entry of a workflow that a label stands for."""
-    method, _, loss = label.partition(", ")
+def repairs(label: str, steps: int) -> list[dict[str, Any]]:
+    """The entries of a workflow that a label stands for; several share the steps, and so the tokens."""
+    methods, _, loss = label.partition(", ")
+    names = methods.split(" + ")
+    return [_repair(name, loss, steps // len(names)) for name in names]
+
+
+def _repair(method: str, loss: str, steps: int) -> dict[str, Any]:
     if method in ("svd", "eora"):
         return {"method": method, "rank": RANK}
     if method in ("refit", "statistics"):
@@ -107,7 +125,7 @@ def measure(args: argparse.Namespace, model: ModelSource, data: Mapping[str, Tex
         for label in missing:
             began, made = time.perf_counter(), base
             if label != "none":
-                given = {"repairs": [repair(label, args.steps)]}
+                given = {"repairs": repairs(label, args.steps)}
                 made = bench.run("recover", given, model=base, statistics=statistics)
             seconds = time.perf_counter() - began
             rows[f"{setting}/{label}/{args.steps}"] = {**figures(bench, made), "seconds": seconds}
@@ -192,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines += [
         f"- all layers of the blocks at one level; training: {args.steps} steps of {BATCH} sequences of {LENGTH} "
         f"tokens, the defaults else, by KL to the dense model; `text`: by cross-entropy; `hidden states`: squarehead "
-        f"and KL; adapters of rank {RANK}",
+        f"and KL; adapters of rank {RANK}; `a + b`: half of the steps each; `block_qat` takes its steps in every "
+        "block, and so as many tokens of each block as the others",
         "- KL(dense || model) in nats per token on 16,384 held-out tokens",
         "",
     ]

@@ -210,7 +210,7 @@ def keep_largest_of_rows(saliency: Tensor, sparsity: float) -> Tensor:
     rows, columns = saliency.shape
     gone = [after - before for before, after in pairwise(lost(columns * row, sparsity) for row in range(rows + 1))]
     kept = columns - torch.tensor(gone, device=saliency.device)
-    return _first(saliency, kept[:, None])
+    return keep_first(saliency, kept[:, None])
 
 
 def keep_pattern(saliency: Tensor, pattern: tuple[int, int]) -> Tensor:
@@ -228,7 +228,7 @@ def keep_pattern(saliency: Tensor, pattern: tuple[int, int]) -> Tensor:
     groups = pad(saliency, (0, -columns % m), value=-torch.inf).unflatten(1, (-1, m))
     kept = torch.full((groups.shape[1], 1), n, device=saliency.device)
     kept[-1] = kept_of(m - -columns % m, pattern)
-    return _first(groups, kept).flatten(1)[:, :columns]
+    return keep_first(groups, kept).flatten(1)[:, :columns]
 
 
 def kept_of(columns: int, pattern: tuple[int, int]) -> int:
@@ -258,7 +258,7 @@ def block_sums(scores: Tensor, block: tuple[int, int]) -> Tensor:
     return whole.reshape(-(-rows // tall), tall, -1, wide).sum(dim=(1, 3))
 
 
-def _first(saliency: Tensor, count: Tensor) -> Tensor:
+def keep_first(saliency: Tensor, count: Tensor) -> Tensor:
     """The entries of greatest saliency along the last dimension, of equals the earlier ones.
 
     Args:

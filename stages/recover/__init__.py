@@ -36,6 +36,7 @@ REPAIRS = {
     "block_qat": "layerwise.stages.recover.block_qat:block_qat",
     "qat": "layerwise.stages.recover.qat:qat",
     "finetune": "layerwise.stages.recover.finetune:finetune",
+    "sparse_training": "layerwise.stages.recover.sparse_training:sparse_training",
     "lora": "layerwise.stages.recover.lora:lora",
 }
 

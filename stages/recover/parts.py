@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,6 +57,15 @@ class Part(Protocol):
 
     def parameters(self) -> Mapping[str, Tensor]:
         """By the full name of a parameter that is no unit, what is written."""
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A part that is not the same at every step."""
+
+    def at_step(self, step: int | None) -> None:
+        """Be as at a step, counted from 0; as it is written for None."""
         ...
 
 

@@ -30,6 +30,7 @@ from layerwise.results.durable import settle_file
 from layerwise.results.links import unfinished
 from layerwise.stages.models.installed import as_parameters
 from layerwise.stages.recover.losses import Answer, loss_of
+from layerwise.stages.recover.parts import Scheduled
 
 if TYPE_CHECKING:
     from layerwise.stages.models.causal_lm import CausalLM
@@ -262,6 +263,7 @@ class Trainer:
 
     def _step(self, step: int) -> float:
         params, total = self.params, 0.0
+        self._at_step(step)
         for batch in self._batches(step):
             loss = self.training_loss(step, batch) / params.accumulate
             loss.backward()
@@ -284,6 +286,11 @@ class Trainer:
 
     def end_stretch(self) -> None:
         """What is to be done after the steps of a stretch, before its loss is taken; nothing here."""
+
+    def _at_step(self, step: int | None) -> None:
+        for part in self.parts:
+            if isinstance(part, Scheduled):
+                part.at_step(step)
 
     def _batches(self, step: int) -> Iterator[Tensor]:
         """The sequences of a step: each round takes all in an order of its own, one after another over the steps."""
@@ -309,7 +316,8 @@ class Trainer:
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """The loss on the held-out sequences, as it stands."""
+        """The loss on the held-out sequences, of what would be written."""
+        self._at_step(None)
         numbers = torch.arange(len(self.heldout), device=self.heldout.device)
         total = 0.0
         for batch in numbers.split(self.params.batch_size):
