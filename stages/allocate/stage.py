@@ -107,7 +107,7 @@ SETTINGS = {
     "tokens_per_ask": "tokens_per_ask",
 }
 """Parameters that only some searches read, and the argument that each becomes where a search has it."""
-FORMAT_SETTINGS = ("any_bits", "asymmetric")
+FORMAT_SETTINGS = ("any_bits", "asymmetric", "dense_experts")
 """Parameters that say what a format may hold."""
 STOP_RULES = {"evaluations": "evaluations", "patience": "patience", "max_tokens": "tokens"}
 """Parameters that end a search, and the rule of `Stop` that each becomes."""
@@ -157,6 +157,7 @@ class AllocateParams(Params):
     )
     any_bits: bool = Field(False, description="of `format: compressed_tensors`: as of `export`")
     asymmetric: bool = Field(False, description="of `format: compressed_tensors`: as of `export`")
+    dense_experts: bool = Field(False, description="of `format: compressed_tensors`: as of `export`")
     data: str = Field("calibration", description="the text to search on, by its name in the workflow's data section")
     finalists: int | None = Field(
         None,

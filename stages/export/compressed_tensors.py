@@ -15,7 +15,9 @@ them; a reader that computes in bfloat16 rounds them to it.
 
 4 and 8 bits load everywhere. Other widths take the word layout of 0.18 and later, and readers without a kernel for them
 refuse to load, so they need `any_bits`. Asymmetric layers are not reloaded by transformers 5.23, so they need
-`asymmetric`. Left out: activation quantization, float formats, experts in stacked parameters.
+`asymmetric`. Experts that the model computes with as one stacked parameter stay dense; transformers 5.23 looks for
+packed ones once a folder is quantized, and fails on dense ones, so they need `dense_experts`. Left out: activation
+quantization, float formats, packed experts.
 
 Source: compressed-tensors 0.20, `quantization/quant_config.py` and `compressors/pack_quantized`.
 """
@@ -27,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.export.held import PACKED
 from layerwise.stages.export.packed_folder import (
@@ -44,6 +47,7 @@ from layerwise.stages.models.network import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from layerwise.stages.levels.level import Level
 
@@ -60,28 +64,49 @@ def compressed_tensors(
     *,
     any_bits: bool = False,
     asymmetric: bool = False,
+    dense_experts: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the folder.
 
     Raises:
-        UnsupportedModel: it cannot hold a level, a part is dropped, or layers that engines fuse differ; nothing is
-            written then.
+        UnsupportedModel: it cannot hold a level, a part is dropped, layers that engines fuse differ, or transformers
+            would not load it; nothing is written then.
     """
-    write_packed(source, out, held(any_bits=any_bits, asymmetric=asymmetric), shard_bytes=shard_bytes)
+    form = held(any_bits=any_bits, asymmetric=asymmetric, dense_experts=dense_experts)
+    if not dense_experts and source.compressed is not None:
+        stacked = stacked_experts(source)
+        if stacked is not None:
+            raise UnsupportedModel(f"compressed-tensors cannot hold {stacked}: {_STACKED}")
+    write_packed(source, out, form, shard_bytes=shard_bytes)
 
 
-def held(*, any_bits: bool = False, asymmetric: bool = False) -> PackedFormat:
+def held(*, any_bits: bool = False, asymmetric: bool = False, dense_experts: bool = False) -> PackedFormat:
     """The format with these settings."""
-    refuse = partial(why_not, any_bits=any_bits, asymmetric=asymmetric)
+    refuse = partial(why_not, any_bits=any_bits, asymmetric=asymmetric, dense_experts=dense_experts)
     return PackedFormat("compressed-tensors", refuse, layout, packed_tensors, _configure)
 
 
 # --- what it can hold, and at what size -------------------------------------------------------------------------------
 
 
-def why_not(unit: Unit, recipe: Mapping[str, Any], *, any_bits: bool = False, asymmetric: bool = False) -> str | None:
+_STACKED = (
+    "transformers does not load experts that stay dense beside packed layers; `dense_experts: true` writes them all "
+    "the same, for vLLM"
+)
+
+
+def why_not(
+    unit: Unit,
+    recipe: Mapping[str, Any],
+    *,
+    any_bits: bool = False,
+    asymmetric: bool = False,
+    dense_experts: bool = False,
+) -> str | None:
     """Why this format cannot hold a level; None if it can."""
+    if unit.role == "expert" and not dense_experts:
+        return _STACKED
     why = why_not_packed(unit, recipe)
     if why is not None or recipe["encoding"] not in PACKED:
         return why
@@ -164,14 +189,25 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def linear_layers(source: ModelSource) -> list[str]:
     """Names of a model's linear layers; its weights are not read."""
     import torch
+
+    return [name for name, module in _without_weights(source).named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def stacked_experts(source: ModelSource) -> str | None:
+    """The first parameter that holds the weights of several experts; None if there is none."""
+    return next((name for name, tensor in _without_weights(source).named_parameters() if tensor.dim() == 3), None)
+
+
+def _without_weights(source: ModelSource) -> PreTrainedModel:
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from layerwise.stages.models.trust import loading
 
     with loading(source.path, source.trust) as options, torch.device("meta"):
         config = AutoConfig.from_pretrained(source.path, **options)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust)
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust)
+    return model
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

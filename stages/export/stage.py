@@ -34,6 +34,11 @@ class ExportParams(Params):
     asymmetric: bool = Field(
         False, description="compressed_tensors: also grids with zero points, which transformers 5.23 does not reload"
     )
+    dense_experts: bool = Field(
+        False,
+        description="compressed_tensors: also models whose experts stay dense in stacked parameters, which vLLM loads "
+        "and transformers 5.23 does not",
+    )
     pad: bool = Field(
         False,
         description="dense: fill half-blocks that are narrower than others up with zeros, where the model's "

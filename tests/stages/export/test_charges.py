@@ -70,8 +70,8 @@ def drawn(table: CostTable, seed: int) -> Allocation:
 
 
 FORMATS = [
-    ("compressed_tensors", {"any_bits": True, "asymmetric": True}),
-    ("compressed_tensors", {}),
+    ("compressed_tensors", {"any_bits": True, "asymmetric": True, "dense_experts": True}),
+    ("compressed_tensors", {"dense_experts": True}),
     ("gptq", {}),
     ("gptq_v2", {}),
     ("dense", {}),

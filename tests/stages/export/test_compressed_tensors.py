@@ -169,6 +169,20 @@ def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(
     assert not list((last / "out").iterdir())
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
+def test_dense_experts_that_transformers_would_not_load_are_written_only_where_it_is_asked_for(
+    made: Callable[..., Any], family: str
+) -> None:
+    bench, applied = made(family, mixed)
+    with pytest.raises(UnsupportedModel, match="does not load experts that stay dense"):
+        bench.run("export", {"format": "compressed_tensors", "any_bits": True}, model=applied.out)
+    settings = {"format": "compressed_tensors", "any_bits": True, "dense_experts": True}
+    tensors = load_file(bench.run("export", settings, model=applied.out).out / "model.safetensors")
+    stored = load_file(bench.model.path / "model.safetensors")
+    experts = [name for name in stored if ".experts." in name]
+    assert experts and all(torch.equal(tensors[name], stored[name]) for name in experts)
+
+
 def test_an_encoding_without_a_place_in_the_format_is_told_from_the_recipe_alone(
     load_model: Callable[..., Any],
 ) -> None:
