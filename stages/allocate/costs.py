@@ -357,11 +357,21 @@ class CostTable:
         return total + self.rest[resource] if resource in self.rest else total / self.n_weights
 
     def _alike(self) -> list[list[int]]:
-        """Half-blocks of a role that can be narrower, by index."""
+        """Half-blocks of a role that can be narrower, by index.
+
+        Raises:
+            UsageError: one of them cannot, and so none would be.
+        """
         found: dict[str, list[int]] = {}
         for row, unit in enumerate(self.units):
-            if any(level.recipe is not None and level.recipe["encoding"] == "narrow" for level in unit.levels):
+            if unit.unit.role in ("attention", "mlp"):
                 found.setdefault(unit.unit.role, []).append(row)
+                if not any(level.recipe is not None and level.recipe["encoding"] == "narrow" for level in unit.levels):
+                    errors = [f": {level.error}" for level in unit.levels if level.error]
+                    raise UsageError(
+                        f"equal_width: {unit.name} cannot be narrower{errors[0] if errors else ''}",
+                        hint="leave equal_width out; a dense export then needs `pad: true`",
+                    )
         return [rows for rows in found.values() if len(rows) > 1]
 
     def _groups(self) -> list[list[int]]:

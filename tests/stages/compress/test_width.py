@@ -299,3 +299,12 @@ def test_equal_width_gives_all_half_blocks_of_a_role_one_level(narrowed: Callabl
     for allocation in load_allocations(bench.run("allocate", settings, database=made.out, profile=profile).out):
         for role in ("self_attn", "mlp"):
             assert len({level for unit, level in allocation.levels.items() if unit.endswith(role)}) == 1
+
+
+def test_equal_width_is_refused_where_one_half_block_cannot_be_narrower(
+    narrowed: Callable[..., tuple[Any, Any]],
+) -> None:
+    bench, made = narrowed("llama", [MENU[0], MENU[3]], ignore=["model.layers.1.mlp.up_proj"])
+    settings = {"solver": "uniform", "budgets": {"parameters": "50%"}, "equal_width": True}
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp cannot be narrower: .*up_proj is not compressed here"):
+        bench.run("allocate", settings, database=made.out)
