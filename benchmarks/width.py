@@ -1,10 +1,11 @@
 """Fewer heads and channels: what they cost in quality, and that the exported model is smaller, the same, and faster.
 
-    python benchmarks/width.py [--models demo stories260k] [--results FOLDER]      # writes benchmarks/results/width.md
+    python benchmarks/width.py [equal] [each] [--models demo stories260k] [--results FOLDER]
+                                       # writes benchmarks/results/width-equal.md and width-each-<model>.md
 
-Three tables. What widths lose that are equal everywhere, with the correction by least squares and without; the workflow
-`width.yaml`, where each block may be as wide as it needs; and the time of a forward pass of a random Llama whose layers
-are large enough to time, dense and exported at three quarters of its heads and channels, in turns.
+`equal`: the time of a forward pass of a random Llama whose layers are large enough to time, dense and exported at three
+quarters of its heads and channels, in turns; and what widths lose that are equal in all blocks, with the correction by
+least squares and without. `each`: the workflow `width.yaml`, where each block may be as wide as it needs.
 """
 
 from __future__ import annotations
@@ -59,26 +60,32 @@ SETS: dict[str, list[str]] = {
         "stages.levels.with.menu.0.multiple=4",
     ],
 }
-TIMED = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 16}
-TIMED |= {"num_key_value_heads": 8, "head_dim": 32, "max_position_embeddings": 512}
+TIMED = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16}
+TIMED |= {"num_key_value_heads": 8, "head_dim": 48, "max_position_embeddings": 512}
 TOKENS = (1, 128)
+PARTS = ("equal", "each")
 
 
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description="Narrower half-blocks.")
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: both")
     parser.add_argument("--models", nargs="*", choices=list(OVERRIDES), default=list(OVERRIDES))
     parser.add_argument("--results", type=Path, default=HERE.parent / "layerwise-results")
     arguments = parser.parse_args()
     models = [model for model in arguments.models if model == "demo" or SHARED.is_dir()]
-    lines = ["# Fewer heads and channels", "", *header("width.py", ["layerwise", "torch", "transformers"]), ""]
-    with tempfile.TemporaryDirectory() as scratch:
-        lines += _of_time(Path(scratch))
-        lines += _of_quality(Path(scratch), models)
-    for model in models:
-        lines += _of_blocks(model, arguments.results)
-    text = "\n".join(lines)
-    (HERE / "results" / "width.md").write_text(text, encoding="utf-8")
+    if "equal" in (arguments.parts or PARTS):
+        with tempfile.TemporaryDirectory() as scratch:
+            lines = [*_of_time(Path(scratch)), *_of_quality(Path(scratch), models)]
+        _write("width-equal", "Fewer heads and channels, as many in every block", lines)
+    for model in models if "each" in (arguments.parts or PARTS) else ():
+        lines = _of_blocks(model, arguments.results)
+        _write(f"width-each-{model}", f"Fewer heads and channels, as wide as each block needs: {model}", lines)
+
+
+def _write(name: str, title: str, lines: list[str]) -> None:
+    text = "\n".join([f"# {title}", "", *header("width.py", ["layerwise", "torch", "transformers"]), "", *lines])
+    (HERE / "results" / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -125,6 +132,7 @@ def _of_quality(scratch: Path, models: list[str]) -> list[str]:
         "## Equal widths",
         "",
         "KL to the dense model on held-out text, nats per token: `without` leaves the output projections uncorrected. "
+        "Where the configuration does not take a number of heads, the export is filled up with zeros. "
         "Logits of the exported folder in transformers beside those of the model with zeros, relative to the largest.",
         "",
         "| model | widths | parameters | KL | without | export: bytes, of dense | logits differ by |",
@@ -147,7 +155,7 @@ def _of_quality(scratch: Path, models: list[str]) -> list[str]:
                 losses[correct] = next(score["kl"]["mean"] for name, score in scores.items() if name != "dense")
                 if correct:
                     kept, total = sizes["parameters"], applied
-            out = bench.run("export", {}, model=total)
+            out = bench.run("export", {"pad": "attention" in widths}, model=total)
             ids = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
             expected = CausalLM.load(ModelSource(folder, compressed=total)).logits(ids)
             found = _logits(out, ids)
@@ -173,8 +181,6 @@ def _of_blocks(model: str, results: Path) -> list[str]:
     run.execute("inline", sys.argv)
     frame = frontier_table(run.store, run.id, over="parameters", dominated=True)
     lines = [
-        f"## As wide as each block needs: {model}",
-        "",
         "`workflows/width.yaml`: `equal` has one width for all blocks, `each` minimises the sum of the losses of "
         "half-blocks changed alone, `search` measures whole models from there.",
         "",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import UnsupportedModel
 from layerwise.stages.contract import ModelSource
-from layerwise.stages.export.shorter import NATIVE, Shorter, read_config
+from layerwise.stages.export.shorter import NATIVE, Shorter, read_config, told
 from layerwise.stages.levels.sliced import kept_groups, places_of
 from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.compressed import CompressedModel, CompressedUnit
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "inner_dim", "feed_forward_size", "d_inner")
 """Settings that say how many channels an MLP has; a configuration knows one of them."""
+
+KINDS = {"attention": "key-value heads with their queries", "mlp": "channels"}
+"""By role, what goes."""
 
 KEY_VALUE = ("num_key_value_heads", "num_kv_heads")
 
@@ -135,10 +138,45 @@ def narrower(
             hint = _offer(role, entries, model, checkpoint, widest, total)
             raise UnsupportedModel(_unequal(role, recipes, widest, n_blocks), hint=hint)
         if widest < total:
+            widest = _accepted(config, role, widest, total, pad=pad)
+        if widest < total:
             settings |= _settings(config, role, widest, total)
             for entry in entries:
                 cut |= _cuts(entry, model, checkpoint, widest)
     return Narrower(cut, settings)
+
+
+def _accepted(config: Any, role: str, width: int, total: int, *, pad: bool) -> int:
+    """The least width from a given one on that a configuration takes: Llama's wants the hidden size to be a multiple of
+    the number of heads, whatever their size.
+
+    Raises:
+        UnsupportedModel: it does not take this one, and half-blocks are not to be filled up.
+    """
+    why = _refused(config, _settings(config, role, width, total))
+    if why is None:
+        return width
+    # Channels are many, and no configuration is known that minds their number.
+    counts = range(1, total + 1) if role == "attention" else ()
+    taken = [count for count in counts if _refused(config, _settings(config, role, count, total)) is None]
+    wider = min((count for count in taken if count > width), default=total)
+    if not pad:
+        raise UnsupportedModel(
+            f"its config.json cannot say that {width} of {total} {KINDS[role]} are left: {why}",
+            hint=f"it takes {', '.join(map(str, taken)) or total}; `pad: true` fills up with zeros to {wider}",
+        )
+    return wider
+
+
+def _refused(config: Any, settings: Mapping[str, Any]) -> str | None:
+    """Why a configuration does not take some settings; None if it does."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        type(config).from_dict(config.to_dict() | settings)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        return told(error)
+    return None
 
 
 def _cuts(entry: CompressedUnit, model: CompressedModel, checkpoint: Checkpoint, width: int) -> dict[str, Cut]:
@@ -214,7 +252,7 @@ def _check_whole(units: Mapping[str, Sequence[CompressedUnit]], recipes: Mapping
 def _unequal(role: str, recipes: Mapping[str, Mapping[str, Any]], widest: int, n_blocks: int) -> str:
     narrow = min(recipes, key=lambda half: recipes[half]["kept"])
     kept, total = recipes[narrow]["kept"], recipes[narrow]["groups"]
-    groups = "key-value heads with their queries" if role == "attention" else "channels"
+    groups = KINDS[role]
     whole = n_blocks - len(recipes)
     others = f"{whole} of {n_blocks} blocks keep all" if whole else f"another keeps {widest}"
     return f"a configuration has one width for all blocks, but {narrow} keeps {kept} of {total} {groups}, and {others}"

@@ -153,9 +153,15 @@ def cut(settings: Mapping[str, Any], total: int, left: Shorter) -> dict[str, Any
     return found
 
 
+def told(error: BaseException) -> str:
+    """What a configuration has against its settings: the check that failed, not that one did."""
+    return str(error.__cause__ or error)
+
+
 def _check(source: ModelSource, file: Path, tensors: Mapping[str, Sequence[int]]) -> None:
     """Compare what a configuration asks for with what is there, as far as names agree."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from layerwise.stages.models.trust import loading
@@ -164,8 +170,8 @@ def _check(source: ModelSource, file: Path, tensors: Mapping[str, Sequence[int]]
         with loading(source.path, source.trust) as options, torch.device("meta"):
             config = AutoConfig.from_pretrained(file, **options)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust)
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
-        raise UnsupportedModel(f"its config.json cannot say what is left: {error}", hint=NATIVE) from error
+    except (ValueError, TypeError, RuntimeError, AssertionError, StrictDataclassError) as error:
+        raise UnsupportedModel(f"its config.json cannot say what is left: {told(error)}", hint=NATIVE) from error
     prefix = f"{model.base_model_prefix}."
     asked = {name.removeprefix(prefix): tuple(value.shape) for name, value in model.state_dict().items()}
     stored = {name.removeprefix(prefix): tuple(shape) for name, shape in tensors.items()}

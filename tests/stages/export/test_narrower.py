@@ -155,3 +155,30 @@ def test_shards_hold_what_is_left_and_the_index_its_bytes(
     # transformers counts a tied head twice, and this one is not
     assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
     assert difference(model, bench, applied) <= 1e-4
+
+
+@pytest.mark.parametrize(("kind", "taken"), [("Llama", False), ("Qwen2", True)])
+def test_three_of_four_heads_are_what_the_configuration_makes_of_them(
+    narrow: Callable[..., Any], model_folder: Callable[[str], Path], tmp_path: Path, kind: str, taken: bool
+) -> None:
+    """Llama's wants a hidden size that is a multiple of the number of heads; others do not ask."""
+    import transformers
+
+    folder = tmp_path / "four"
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=256, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in model_folder("llama").glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    menu = [{"method": "width", "units": "attention", "keep": 0.75}, {"method": "dense"}]
+    bench, applied = narrow(folder, {"attention": "width-75%"}, menu)
+    if not taken:
+        with pytest.raises(UnsupportedModel, match="not a multiple of the number of attention heads") as caught:
+            bench.run("export", model=applied.out)
+        assert "it takes 1, 2, 4; `pad: true` fills up with zeros to 4" in str(caught.value.hint)
+    model = loaded(bench.run("export", {"pad": not taken}, model=applied.out).out)
+    assert model.config.num_attention_heads == (3 if taken else 4)
+    assert difference(model, bench, applied) <= 1e-4
