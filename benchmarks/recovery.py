@@ -1,11 +1,11 @@
 """What every repair wins back: held-out KL and perplexity before and after, at equal tokens, beside the bytes.
 
     python benchmarks/recovery.py [--model FOLDER --texts CALIBRATION HELDOUT] --work FOLDER
-        [--steps 100] [--only 2-bits 60%-sparse] [--repairs perp qat]
+        [--steps 100] [--only 2-bits 60%-sparse] [--repairs perp qat] [--finalists]
 
-Writes benchmarks/results/recovery-<model>.md; without a model, that of the demo. Rows that stand in `rows.json` of the
-folder `--work` already are not measured again. All layers of the blocks are at one level. The models are scored by the
-stages themselves: what is reported is what was written.
+Writes benchmarks/results/recovery-<model>.md; without a model, that of the demo. What stands in `rows.json` and
+`finalists.json` of the folder `--work` already is not measured again. All layers of the blocks are at one level. The
+models are scored by the stages themselves: what is reported is what was written.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from machine import header
 
+from layerwise.stages import find_stage
+from layerwise.stages.allocate.stage import AllocateParams
 from layerwise.stages.contract import ModelSource, TextSource
 from layerwise.stages.models.causal_lm import CausalLM
 from layerwise.stages.models.compressed import CompressedModel, source_of
@@ -156,6 +158,48 @@ def table(rows: Mapping[str, Any], setting: str, steps: int) -> list[str]:
     return [*lines, ""]
 
 
+def finalists(bench: Bench) -> list[str]:
+    """Searches whose finalists are compared after a repair, as Markdown: the frontier before and after, by bytes."""
+    statistics = bench.run("calibrate", {"statistics": ["hessian"]})
+    menu = [{"method": "gptq", "bits": [2, 3, 4], "group_size": 32}]
+    levels = bench.run("compress", {"menu": menu}, statistics=statistics)
+    profile = bench.run("profile", {"tokens": 2048}, database=levels)
+    search = {
+        "solver": "evolve", "budgets": {"bits": [2.25, 2.5, 2.75, 3.0, 3.5]}, "generations": 6, "offspring": 8,
+        "survivors_per_selection": [4, 1], "tokens_per_selection": [1024, 8192], "finalists": 8,
+    }  # fmt: skip
+    lines = [
+        "## Finalists compared after a repair",
+        "",
+        "`allocate: {solver: evolve, finalists: 8, recover: ...}`; KL on the search data, on which `eora` has its "
+        "statistics, too; bytes of the whole model. Before: what the search chooses without. Rank changes: of the "
+        "budget's finalists. At or below: the best repaired allocation that is no larger than this one, repaired, "
+        "against the best unrepaired one that is no larger.",
+        "",
+        "| repair | budget | KL before | bytes | KL after | bytes | rank changes | at or below |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in ({"method": "refit"}, {"method": "eora", "rank": RANK}):
+        inputs = {"database": levels, "profile": profile, "statistics": statistics}
+        attempt = bench.attempt(
+            find_stage("allocate"), AllocateParams.model_validate({**search, "recover": entry}), inputs
+        )
+        attempt.run()
+        rows = attempt.rows["allocations"]
+        for row in rows:
+            size = row["recovered_bytes"]
+            best = [
+                min((one[f"{which}_kl"] for one in rows if one[f"{which}_bytes"] <= size), default=float("inf"))
+                for which in ("recovered", "unrepaired")
+            ]
+            lines.append(
+                f"| {row['repair']} | {row['budget']} | {row['unrepaired_kl']:.4f} | {row['unrepaired_bytes']:,} "
+                f"| {row['recovered_kl']:.4f} | {size:,} | {row['ranks_changed']} of {row['finalists']} "
+                f"| {'yes' if best[0] <= best[1] else 'no'} |"
+            )
+    return [*lines, ""]
+
+
 def loop_speed(model: ModelSource, base: Path, steps: int = 12) -> dict[str, float]:
     """Steps a second of the loop and of a bare PyTorch loop that does the same work, in turns, medians."""
     from layerwise.stages.recover.perp import Parameters
@@ -198,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--only", nargs="*", choices=SETTINGS)
     parser.add_argument("--repairs", nargs="*", help="only these rows")
+    parser.add_argument("--finalists", action="store_true", help="also the frontier before and after a repair")
     parser.add_argument("--work", type=Path, required=True)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -219,6 +264,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines += table(rows, setting, args.steps)
     bench = Bench(args.work / f"bench-{time.time_ns()}", model, data)
     bench.folder.mkdir()
+    if args.finalists:
+        known = args.work / "finalists.json"
+        if not known.is_file():
+            known.write_text(json.dumps(finalists(bench)))
+        lines += json.loads(known.read_text())
     base = compressed(bench, "2-bits", bench.run("calibrate", {"statistics": ["hessian"]}))
     speed = loop_speed(model, base)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

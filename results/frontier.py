@@ -41,8 +41,18 @@ GREATER_IS_BETTER = frozenset({"heldout_accuracy"})
 _UNREPAIRED = {"allocate", "apply"}
 """Stages whose model is the allocation itself; behind any other, a recovery say, it has been changed."""
 
-RECOVERED = ("repair", "recovered_kl", "recovered_bytes", "recovered_effective_bits", "finalists", "ranks_changed")
-"""Columns of allocations that were compared after a repair."""
+RECOVERED = {
+    "repair": "object",
+    "recovered_kl": "float64",
+    "recovered_bytes": "Int64",
+    "recovered_effective_bits": "float64",
+    "unrepaired_kl": "float64",
+    "unrepaired_bytes": "Int64",
+    "finalists": "Int64",
+    "ranks_changed": "Int64",
+}
+"""Columns of allocations that were compared after a repair, and their types in a frame. `unrepaired` is the finalist
+that is best without."""
 
 _MISSING = {
     True: "a run of an earlier layerwise has none; run the workflow again",
@@ -68,11 +78,9 @@ COLUMNS = [
 ]
 """Columns of `frontier_table`."""
 
-_TYPES = dict.fromkeys(("kl", *HELDOUT), "float64") | {
+_TYPES = {**RECOVERED, **dict.fromkeys(("kl", *HELDOUT), "float64")} | {
     name: "Int64" if resource.type == "int64" else "float64" for name, resource in RESOURCES.items()
 }
-_TYPES |= dict.fromkeys(("recovered_kl", "recovered_effective_bits"), "float64")
-_TYPES |= dict.fromkeys(("recovered_bytes", "finalists", "ranks_changed"), "Int64")
 
 
 def frontier_table(
@@ -156,10 +164,10 @@ def after_repair(frame: pd.DataFrame) -> tuple[int, int]:
         frame: from `frontier_table`, its dominated allocations included.
     Returns:
         of all sizes of a repaired allocation, at how many the best repaired one that is no larger has at most the KL of
-        the best unrepaired one that is no larger; and how many sizes there are. Sizes below every unrepaired one count.
+        the best unrepaired one that is no larger; and how many sizes there are. What was chosen for being repaired is
+        compared with what would have been chosen without.
     """
-    made = frame[frame["recovered_kl"].notna() & frame["recovered_bytes"].notna()]
-    before = frame[frame["kl"].notna()]
+    made = frame[frame["recovered_kl"].notna()]
     sizes = sorted(set(made["recovered_bytes"]))
 
     def least(losses: pd.Series, costs: pd.Series, size: int) -> float:
@@ -167,7 +175,8 @@ def after_repair(frame: pd.DataFrame) -> tuple[int, int]:
         return float(within.min()) if len(within) else float("inf")
 
     kept = [
-        least(made["recovered_kl"], made["recovered_bytes"], size) <= least(before["kl"], before["bytes"], size)
+        least(made["recovered_kl"], made["recovered_bytes"], size)
+        <= least(made["unrepaired_kl"], made["unrepaired_bytes"], size)
         for size in sizes
     ]
     return sum(kept), len(sizes)

@@ -147,6 +147,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "seconds": "float64",
         "finalists": "int64",  # how many of this budget were compared after a repair
         "ranks_changed": "int64",  # how many of them have another rank after it than before
+        "unrepaired_kl": "float64",  # of the finalist that is best without a repair, and its bytes
+        "unrepaired_bytes": "int64",
         "repair": "string",  # NULL where there was none, or nothing that it fits
         "recovered_kl": "float64",
         "recovered_bytes": "int64",  # with what the repair adds

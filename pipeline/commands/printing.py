@@ -39,10 +39,10 @@ def print_frontier(frame: pd.DataFrame, format_: Format, over: str | None = None
             frame = frame.drop(columns="heldout_perplexity")
         shown = {"bits", "effective_bits", "bytes", over, None if frame["ms"].isna().all() else "ms"}
         frame = frame.drop(columns=[name for name in RESOURCES if name not in shown])
-        if frame["repair"].isna().all():
-            from layerwise.results.frontier import RECOVERED
+        from layerwise.results.frontier import RECOVERED
 
-            frame = frame.drop(columns=list(RECOVERED))
+        before_and_after = () if frame["repair"].isna().all() else ("repair", "recovered_kl", "recovered_bytes")
+        frame = frame.drop(columns=[name for name in RECOVERED if name not in before_and_after])
     print_table(frame, format_)
 
 

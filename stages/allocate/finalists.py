@@ -137,7 +137,13 @@ def best_recovered(finalists: Sequence[Allocation], recovery: Recovery) -> tuple
     before = [_or_worst(finalist.kl) for finalist in finalists]
     after = [loss if one is None else _or_worst(one.kl) for loss, one in zip(before, found, strict=True)]
     best = min(range(len(finalists)), key=lambda number: (after[number], number))
-    row: dict[str, Any] = {"finalists": len(finalists), "ranks_changed": changed_ranks(before, after)}
+    plain = min(range(len(finalists)), key=lambda number: (before[number], number))
+    row: dict[str, Any] = {
+        "finalists": len(finalists),
+        "ranks_changed": changed_ranks(before, after),
+        "unrepaired_kl": finalists[plain].kl,
+        "unrepaired_bytes": finalists[plain].sizes["bytes"],
+    }
     chosen, sizes = found[best], finalists[best].sizes
     if chosen is None:
         return finalists[best], row

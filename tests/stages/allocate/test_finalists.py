@@ -46,6 +46,7 @@ def test_the_best_repaired_finalist_is_chosen_and_its_figures_are_those_of_the_r
             for one in (CompressedModel(after), CompressedModel(model))
         ]
         assert row["recovered_bytes"] - row["bytes"] == sizes[0] - sizes[1] > 0
+        assert row["unrepaired_kl"] <= allocation.kl
         assert row["recovered_effective_bits"] > row["effective_bits"]
     best = min(allocations, key=lambda one: one.recovered_kl or 0)
     assert pick(allocations, "best") == best
@@ -74,8 +75,8 @@ def test_a_frontier_is_compared_at_equal_bytes() -> None:
 
     frame = pd.DataFrame(
         {
-            "bytes": [100, 200, 300],
-            "kl": [1.0, 0.5, 0.2],
+            "unrepaired_bytes": [100, 200, 300],
+            "unrepaired_kl": [1.0, 0.5, 0.2],
             "recovered_bytes": [110, 220, 310],
             "recovered_kl": [0.9, 0.6, 0.1],
         }
