@@ -1,10 +1,12 @@
 """A model with fewer heads or channels as a smaller dense model: weights cut, and a configuration that says so.
 
 A configuration of transformers has one number of heads and one width of the MLPs for all blocks, so all must be equally
-narrow, or be filled up with zeros to the widest. (Families that say it block by block, OpenELM and DeciLM among them,
-come with code of their own, which layerwise does not load.) What is written is tried: on a few tokens it must give the
-logits of the model with zeros for what went, or it is refused; a family may use the number of heads in ways that no
-setting tells of.
+narrow, or be filled up with zeros to the widest. Families that say it block by block are not among those that layerwise
+loads: OpenELM and DeciLM come with code of their own, and Gemma 3n, which lists its widths of MLPs, passes on more than
+a hidden state from block to block.
+
+What is written is tried: on a few tokens it must give the logits of the model with zeros for what went, or it is
+refused; a family may use the number of heads in ways that no setting tells of.
 """
 
 from __future__ import annotations
