@@ -7,7 +7,7 @@ checkpoint is one safetensors file: free tensors, the moments of AdamW, the best
 Kept in the end is the state with the least loss on sequences that were not trained on. Where a loss is no longer finite
 the training stops, and that state stays.
 
-Left out: more than one device, and gradients recomputed to save memory.
+Left out: more than one device.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from layerwise.results.links import unfinished
 from layerwise.stages.models.installed import as_parameters
 from layerwise.stages.recover.losses import Answer, loss_of
 from layerwise.stages.recover.parts import Scheduled
+from layerwise.stages.recover.recomputed import recomputed
 
 if TYPE_CHECKING:
     from layerwise.stages.models.causal_lm import CausalLM
@@ -114,6 +115,7 @@ class Speaker:
         self.units = {unit.name: unit for unit in network.units}
         self.hidden = bool(params.loss.get("squarehead"))
         self.bfloat16 = params.precision == "bfloat16"
+        self.recomputes = params.checkpointing
 
     def answer(self, ids: Tensor, tensors: Mapping[str, Tensor]) -> Answer:
         """What it says of some sequences; see `as_parameters` for the weights."""
@@ -126,6 +128,8 @@ class Speaker:
         with ExitStack() as stack:
             for block in self.network.blocks if self.hidden else ():
                 stack.callback(block.register_forward_hook(keep).remove)
+            if self.recomputes and torch.is_grad_enabled():
+                stack.enter_context(recomputed(self.network.blocks))
             if self.bfloat16:
                 stack.enter_context(torch.autocast(self.network.device.type, dtype=torch.bfloat16))
             given = {"input_ids": ids, "use_cache": False}

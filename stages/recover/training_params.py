@@ -49,6 +49,11 @@ class TrainingParams(RepairEntry):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="in which products are computed; what is trained is float32 in any case"
     )
+    checkpointing: bool = Field(
+        False,
+        description="gradient checkpointing: keep of every block only its inputs, and run it again for its gradients: "
+        "the memory of one block's activations for a third more time",
+    )
     seed: int = Field(0, ge=0, description="of the order of the sequences and of what starts at random")
 
     scope: ClassVar[Literal["unit", "parameters", "model"]] = "model"

@@ -228,7 +228,14 @@ MIXTURES = [{"kl": 0.5, "squarehead": 1.0}, {"cross_entropy": 1.0}, {"kl": 1.0, 
 @pytest.mark.parametrize("loss", MIXTURES)
 def test_every_mixture_of_losses_trains(applied: Callable[[str], Any], loss: dict[str, float]) -> None:
     made, folder = applied("llama")
-    repair = {"method": "perp", "loss": loss, "teacher_top_k": 8, "precision": "bfloat16", **SHORT}
+    repair = {
+        "method": "perp",
+        "loss": loss,
+        "teacher_top_k": 8,
+        "precision": "bfloat16",
+        "checkpointing": True,
+        **SHORT,
+    }
     heldout = [
         row["value"]
         for row in made.bench.run("recover", {"repairs": [repair]}, model=folder).rows["recovery"]
