@@ -152,8 +152,7 @@ def best_recovered(finalists: Sequence[Allocation], recovery: Recovery) -> tuple
         "repair": recovery.repairs.name,
         "recovered_kl": chosen.kl,
         "recovered_bytes": sizes["bytes"] + int(chosen.added["bytes"]),
-        "recovered_effective_bits": finalists[best].sizes["effective_bits"]
-        + chosen.added["effective_bits"] / recovery.n_weights,
+        "recovered_effective_bits": sizes["effective_bits"] + chosen.added["effective_bits"] / recovery.n_weights,
     }
 
 

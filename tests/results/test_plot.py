@@ -71,6 +71,23 @@ def test_bytes_are_drawn_in_a_readable_unit(two_runs: Store, tmp_path: Path, dra
     assert drawn[0].axes[0].lines[0].get_xdata().tolist() == [2000 / 1024, 3000 / 1024, 4000 / 1024]
 
 
+def test_allocations_after_a_repair_stand_where_their_bytes_are(
+    two_runs: Store, tmp_path: Path, drawn: list[Figure]
+) -> None:
+    frame = frontier_table(two_runs, over="bytes")
+    frame["repair"] = "eora-r4"
+    frame["recovered_kl"] = frame["kl"] / 2
+    frame["recovered_bytes"] = frame["bytes"] + 1024
+    for over in ("bytes", "bits", "flops"):
+        plot_frontier(frame, tmp_path / "front.png", over=over)
+    found = [[line for line in figure.axes[0].lines if line.get_label() == "after eora-r4"] for figure in drawn]
+    assert [len(lines) for lines in found] == [1, 1, 0], "what a repair costs in FLOPs is not known"
+    x, y = found[0][0].get_xdata(), found[0][0].get_ydata()
+    assert list(x) == pytest.approx([size / 1024 + 1 for size in frame["bytes"]])
+    assert list(y) == list(frame["kl"] / 2)
+    assert list(found[1][0].get_xdata()) == list(frame["bits"])
+
+
 def test_the_dense_model_is_a_line_and_the_text_is_named(two_runs: Store, tmp_path: Path, drawn: list[Figure]) -> None:
     frame = frontier_table(two_runs).assign(heldout_perplexity=[9.0, 8.0, 7.0], heldout_data="wiki")
     plot_frontier(frame, tmp_path / "front.png", loss="heldout_perplexity", dense_losses={"heldout_perplexity": 6.5})

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -348,6 +349,11 @@ def test_mistakes_are_told_before_any_step(
     wide = replace_blocks(load_model("gpt2"))
     with pytest.raises(UsageError, match="squarehead compares 3 blocks 32 wide with 2 that are 32"):
         Trainer(llama, wide, [], text, text, params(loss={"squarehead": 1.0}), tmp_path)
+
+    few = SimpleNamespace(vocab_size=17, hidden_size=32)
+    other: Any = SimpleNamespace(n_blocks=3, model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: few)))
+    with pytest.raises(UsageError, match="the model knows 256 tokens, the workflow's dense one, its teacher, 17"):
+        Trainer(llama, other, [], text, text, params(), tmp_path)
 
     spoiled = CausalLM.load(ModelSource(model_folder("llama")))
     spoiled.parameter("model.layers.0.input_layernorm.weight").data[0] = float("nan")
