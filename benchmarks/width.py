@@ -58,6 +58,7 @@ SETS: dict[str, list[str]] = {
     "stories260k": [
         "params.attention=[0.25,0.5,0.75]",
         "stages.levels.with.menu.0.multiple=4",
+        "stages.folder.with.pad=true",
     ],
 }
 TIMED = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16}
