@@ -41,7 +41,7 @@ def block_grid_level(
 
     Args:
         name: the level's.
-        recipe: with `method`, `bits`, `group_size`, `sym` and `block`; what reading it takes is added.
+        recipe: with `method`, `sparsity`, `bits`, `group_size`, `sym` and `block`; what reading it takes is added.
         codes: (out, in), whole numbers of any dtype; those of pruned weights are not looked at.
         keep: (out, in) bool.
         scale, zero: (out, groups).

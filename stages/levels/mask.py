@@ -1,7 +1,9 @@
 """`mask`: pruned weights: which are kept, and their values.
 
-mask     which are kept, layerwise.stages.levels.index
-values   (kept,)                     row by row, in the dtype of the checkpoint
+    mask     which are kept, layerwise.stages.levels.index
+    values   (kept,)    row by row, in the dtype of the checkpoint
+
+N:M patterns of values with 16 bits pack for their kernel, all others as single weights.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerwise.kernels.packed import Packed
-
 
 KERNEL_GROUP = 16
 """Greatest M that a kernel takes."""
