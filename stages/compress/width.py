@@ -136,12 +136,15 @@ class Params(MenuEntry):
         else:
             count = max(step, round(keep * total / step) * step)
         if count >= total:
+            steps, lower = "", ""
+            if step > 1:
+                steps, lower = f", in multiples of {step}", ", or lower `multiple`"
+            elif channels.heads > 1:
+                steps = f", in {total} groups that share a key and a value head"
             raise UsageError(
                 f"width: keep {keep:g} of {channels.half} is no less than the {self._told(total, channels)} that it "
-                f"has{f', in multiples of {step}' if step > 1 else ''}",
-                hint="keep fewer"
-                + (", or lower `multiple`" if step > 1 else "")
-                + (f"; {channels.half} has only {total} groups of heads that can go" if channels.heads > 1 else ""),
+                f"has{steps}",
+                hint=f"keep fewer{lower}",
             )
         return count
 
