@@ -140,7 +140,7 @@ def table(rows: Mapping[str, Any], setting: str, steps: int) -> list[str]:
     """One setting as Markdown."""
     before = rows.get(f"{setting}/none/{steps}")
     if before is None:
-        return []
+        return [f"## {setting}", "", "Not run.", ""]
     lines = [
         f"## {setting}",
         "",
@@ -149,12 +149,14 @@ def table(rows: Mapping[str, Any], setting: str, steps: int) -> list[str]:
     ]
     for label in ["none", *SETTINGS[setting][1]]:
         row = rows.get(f"{setting}/{label}/{steps}")
-        if row is not None:
-            closed = "" if label == "none" else f"{1 - row['kl'] / before['kl']:.0%}"
-            lines.append(
-                f"| {label} | {row['kl']:.4f} | {closed} | {row['perplexity']:.2f} | {row['effective_bits']:.3f} "
-                f"| {row['bytes']:,} |"
-            )
+        if row is None:
+            lines.append(f"| {label} | not run | | | | |")
+            continue
+        closed = "" if label == "none" else f"{1 - row['kl'] / before['kl']:.0%}"
+        lines.append(
+            f"| {label} | {row['kl']:.4f} | {closed} | {row['perplexity']:.2f} | {row['effective_bits']:.3f} "
+            f"| {row['bytes']:,} |"
+        )
     return [*lines, ""]
 
 
@@ -165,15 +167,15 @@ def finalists(bench: Bench) -> list[str]:
     levels = bench.run("compress", {"menu": menu}, statistics=statistics)
     profile = bench.run("profile", {"tokens": 2048}, database=levels)
     search = {
-        "solver": "evolve", "budgets": {"bits": [2.25, 2.5, 2.75, 3.0, 3.5]}, "generations": 6, "offspring": 8,
-        "survivors_per_selection": [4, 1], "tokens_per_selection": [1024, 8192], "finalists": 8,
+        "solver": "evolve", "budgets": {"bits": [2.25, 2.75, 3.25]}, "generations": 4, "offspring": 6,
+        "survivors_per_selection": [3, 1], "tokens_per_selection": [1024, 4096], "finalists": 4, "data": "search",
     }  # fmt: skip
     lines = [
         "## Finalists compared after a repair",
         "",
-        "`allocate: {solver: evolve, finalists: 8, recover: ...}`; KL on the search data, on which `eora` has its "
-        "statistics, too; bytes of the whole model. Before: what the search chooses without. Rank changes: of the "
-        "budget's finalists. At or below: the best repaired allocation that is no larger than this one, repaired, "
+        "`allocate: {solver: evolve, finalists: 4, recover: ...}`; KL on 8,192 tokens of the search data, which are "
+        "among those of the statistics; bytes of the whole model. Before: what the search chooses without. Rank "
+        "changes: of the budget's finalists. At or below: the best repaired allocation no larger than this one "
         "against the best unrepaired one that is no larger.",
         "",
         "| repair | budget | KL before | bytes | KL after | bytes | rank changes | at or below |",
@@ -250,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = ModelSource(args.model or DEMO / "model")
     sizes = {"calibration": 64 << 10, "heldout": 16 << 10}
     data = {key: TextSource(key, (path,), LENGTH, sizes[key]) for key, path in zip(sizes, args.texts, strict=True)}
+    data["search"] = TextSource("search", (args.texts[0],), LENGTH, 8 << 10)
     rows = measure(args, model, data)
     lines = [f"# Repairs, {name}", "", *header("recovery.py", ["torch", "transformers"])]
     lines += [
