@@ -27,7 +27,7 @@ PARTS = {
     "prune_and_round": "Bits alone, and pruning with rounding in one pass, at the same bytes",
 }
 SETS = {
-    ("sparsity", "demo"): ["stages.profile.with.tokens=1024", "stages.evolve.with.generations=1"],
+    ("sparsity", "demo"): ["stages.profile.with.tokens=1024"],
     ("prune_and_round", "demo"): ["stages.profile.with.tokens=1024"],
     ("prune_and_round", "stories260k"): ["params.bytes=[225000,232000,240000,255000,270000,290000]"],
 }
