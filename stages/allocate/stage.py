@@ -133,7 +133,7 @@ class AllocateParams(Params):
         description="upper limits; lists give one allocation for each combination; 40% is a share of the way from the "
         "least that is reachable to the greatest; bytes may be 600KB or 2GiB. " + EXPLAINED,
     )
-    loss: Literal["kl", "output_error", "weight_nmse", "influence"] = Field(
+    loss: Literal["kl", "output_error", "weight_nmse", "influence", "erk", "lamp", "owl"] = Field(
         "kl", description="the profile's metric that separable solvers add up"
     )
     tie: Literal["none", "fused"] = Field(

@@ -1,7 +1,8 @@
 """`profile`: how much each level of each unit hurts, everything else left dense.
 
 `weight_nmse` and `output_error` were measured while the levels were made; `kl` runs the model with one unit changed (of
-a half-block or block that is dropped, leave-one-out), and `influence` once as it is.
+a half-block or block that is dropped, leave-one-out), and `influence` once as it is. `erk`, `lamp` and `owl` are rules
+that others have published for how dense each layer should be (`densities.py`), for comparison.
 Blocks before the changed one are shared by all levels of the unit, so a profile costs about half of what its number of
 forward passes suggests.
 """
@@ -9,20 +10,25 @@ forward passes suggests.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
 from layerwise.errors import NotFinite
+from layerwise.stages.calibrate.statistics import Statistics
 from layerwise.stages.contract import Context, Params, Port, Row, Stage, always
 from layerwise.stages.data.text import Tokens, tokenized
 from layerwise.stages.evaluate.scoring import Measurement, Pool, Request, evaluator_factory
-from layerwise.stages.levels.database import UNCHANGED, DatabaseIndex, LevelEntry, UnitEntry
+from layerwise.stages.levels.database import UNCHANGED, Database, DatabaseIndex, LevelEntry, UnitEntry
+from layerwise.stages.profile.densities import OUTLIER, erk_losses, owl_losses
 from layerwise.stages.profile.influence import measure_influence
 from layerwise.stages.quantities import Count
 
-Metric = Literal["weight_nmse", "output_error", "kl", "influence"]
+Metric = Literal["weight_nmse", "output_error", "kl", "influence", "erk", "lamp", "owl"]
 
 
 class ProfileParams(Params):
@@ -33,7 +39,9 @@ class ProfileParams(Params):
         min_length=1,
         description="weight_nmse: |W - Q|^2 / |W|^2; output_error: the same weighted by the Hessian; "
         "kl: KL(dense || model with this one unit changed), nats per token, less that of the model as it is; "
-        "influence: of half-blocks and blocks that may be dropped, 1 - cosine of the hidden states before and after",
+        "influence: of half-blocks and blocks that may be dropped, 1 - cosine of the hidden states before and after; "
+        "erk, lamp, owl: published rules for the density of layers, as losses whose least sum within a budget of "
+        "density follows them",
     )
     data: str = Field(
         "calibration", description="the text for kl and influence, by its name in the workflow's data section"
@@ -81,7 +89,61 @@ def _measure(
         return _one_unit_changed(context, params, units, text)
     if metric == "influence" and text is not None:
         return _influence(context, params, units, text)
+    if metric in ("lamp", "owl"):
+        return _of_weights(context, metric, units)
+    if metric == "erk":
+        return [[{"mean": loss} for loss in losses] for losses in erk_losses(units)]
     return [[{"mean": _error(level, metric)} for level in unit.levels] for unit in units]
+
+
+def _of_weights(context: Context, metric: Metric, units: list[UnitEntry]) -> Table:
+    """LAMP's or OWL's losses, for which each unit is looked at on a worker."""
+    weights = [unit for unit in units if not unit.unit.is_parent]
+    names = [unit.name for unit in weights]
+    database = Database(context.input("database"), context.model)
+    if metric == "lamp":
+        found = context.executor.map(partial(_lamp, database=database), names, keys=[f"lamp-{name}" for name in names])
+        by_unit = dict(zip(names, found, strict=True))
+        nothing: list[list[float | None]] = [by_unit.get(unit.name, [None] * len(unit.levels)) for unit in units]
+        return [[{"mean": loss} for loss in losses] for losses in nothing]
+    statistics = Statistics(context.input("statistics"))
+    work = partial(_outliers, database=database, statistics=statistics.folder)
+    counts = context.executor.map(work, names, keys=[f"owl-{name}" for name in names])
+    layers: dict[int | None, list[tuple[float, int]]] = defaultdict(list)
+    for unit, count in zip(weights, counts, strict=True):
+        layers[unit.unit.block].append(count)
+    share = {block: sum(n for n, _ in parts) / sum(n for _, n in parts) for block, parts in layers.items()}
+    losses = owl_losses(units, {unit.name: share[unit.unit.block] for unit in weights})
+    return [[{"mean": loss} for loss in losses_of] for losses_of in losses]
+
+
+def _lamp(name: str, *, database: Database) -> list[float | None]:
+    from layerwise.stages.profile.pruned import lamp_loss
+
+    unit = database.index.by_name[name]
+    weight = database.level(name, unit.levels[UNCHANGED].name).decode()
+    return [
+        lamp_loss(weight, database.level(name, level.name).decode() == 0) if level.usable else None
+        for level in unit.levels
+    ]
+
+
+def _outliers(name: str, *, database: Database, statistics: Path) -> tuple[float, int]:
+    from layerwise.stages.profile.pruned import outlier_share
+
+    unit, gathered = database.index.by_name[name], Statistics(statistics)
+    squares = gathered.tensor(unit.unit, "hessian").double().diagonal(dim1=-2, dim2=-1)
+    weight = database.level(name, unit.levels[UNCHANGED].name).decode()
+    norms = squares.sqrt().reshape(-1, weight.shape[1])  # of a convolution in groups, one row for each
+    return outlier_share(weight, norms.repeat_interleave(len(weight) // len(norms), dim=0), OUTLIER)
+
+
+def _missing(
+    params: ProfileParams, feeding: Mapping[str, Sequence[Any]]
+) -> Iterable[tuple[tuple[str | int, ...], str]]:
+    """OWL without the statistics that it takes."""
+    if "owl" in params.metrics and not feeding.get("statistics"):
+        yield ("metrics",), "owl looks at the inputs of layers: add the `calibrate` stage to needs"
 
 
 def _influence(context: Context, params: ProfileParams, units: list[UnitEntry], text: Tokens) -> Table:
@@ -172,7 +234,8 @@ STAGE = Stage(
     ProfileParams,
     profile,
     gives="profile",
-    takes={"database": Port("database")},
+    takes={"database": Port("database"), "statistics": Port("statistics", optional=True)},
+    check=_missing,
     data=("data",),
     any_network=always,
     on_gpu=on_text,
