@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from layerwise.stages.compress import MenuEntry, Task
+from layerwise.stages.quantities import listed
 
 if TYPE_CHECKING:
     from layerwise.stages.levels.level import Level
@@ -24,12 +25,9 @@ class Params(MenuEntry):
     """What may be dropped."""
 
     method: Literal["drop"] = "drop"
-    units: Annotated[
-        tuple[Parent, ...],
-        BeforeValidator(
-            lambda units: (units,) if isinstance(units, str) else units, json_schema_input_type=Parent | list[Parent]
-        ),
-    ] = Field(("attention", "mlp"), min_length=1, description="attention, mlp, block: one of them or a list")
+    units: Annotated[tuple[Parent, ...], listed(Parent)] = Field(
+        ("attention", "mlp"), min_length=1, description="attention, mlp, block: one of them or a list"
+    )
 
     def level_names(self) -> list[str]:
         """`drop`."""

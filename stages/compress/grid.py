@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry
 from layerwise.stages.contract import Params
 from layerwise.stages.levels.scales import WHOLE, Scales, nearest_float16, quantized_scales
+from layerwise.stages.quantities import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,12 +29,7 @@ if TYPE_CHECKING:
 class Grids(Params):
     """Uniform grids: how wide their codes are, and which weights share one."""
 
-    bits: Annotated[
-        tuple[Annotated[int, Field(ge=2, le=8)], ...],
-        BeforeValidator(
-            lambda bits: bits if isinstance(bits, list | tuple) else (bits,), json_schema_input_type=int | list[int]
-        ),
-    ] = Field(
+    bits: Annotated[tuple[Annotated[int, Field(ge=2, le=8)], ...], listed(int)] = Field(
         min_length=1,
         validation_alias=AliasChoices("bits", "num_bits", "wbits"),
         description="bits per weight, one level for each; a number or a list of 2 to 8",

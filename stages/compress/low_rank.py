@@ -120,18 +120,14 @@ def low_rank(task: Task, params: Params) -> Mapping[str, list[Level]]:
         NotFinite: a weight or a statistic is NaN or Inf, the Hessian is zero, a factor is too large for its dtype, or
             the weight was pruned before.
     """
-    from layerwise.errors import NotFinite
     from layerwise.solvers.ranks import energy_rank
     from layerwise.stages.compress.factors import best_factors, check_unpruned, damped
-    from layerwise.stages.compress.grid import check_finite
+    from layerwise.stages.compress.recursion import check_layer
     from layerwise.stages.levels.low_rank import low_rank_level
 
     check_unpruned(task)
     weight, H = task.weights[task.unit].double(), task.statistic(task.unit, "hessian").double()
-    check_finite("weight", weight)
-    check_finite("Hessian", H)
-    if not H.diagonal().any():
-        raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
+    check_layer(weight, H)
     H = damped(H, params.damp_percent)
     most = max(1, greatest_rank(task.units[task.unit].shape))
     factors = best_factors(weight, most, H)

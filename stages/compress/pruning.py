@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from layerwise.stages.compress import MenuEntry
 from layerwise.stages.compress.grid import Grids, fit, quantize
@@ -23,6 +23,7 @@ from layerwise.stages.levels.block_grid import block_grid_level
 from layerwise.stages.levels.index import spread_blocks
 from layerwise.stages.levels.mask import mask_level, n_and_m
 from layerwise.stages.levels.masked_grid import masked_grid_level
+from layerwise.stages.quantities import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,17 +75,13 @@ class Amount:
         return said
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
 class PruningParams(MenuEntry):
     """How much is pruned, in which pattern, and what is done to the rest."""
 
-    sparsity: Annotated[tuple[Share, ...], BeforeValidator(_listed, json_schema_input_type=float | list[float])] = (
-        Field((), description="share of the weights that become zero, one level for each; a number or a list")
+    sparsity: Annotated[tuple[Share, ...], listed(float)] = Field(
+        (), description="share of the weights that become zero, one level for each; a number or a list"
     )
-    pattern: Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])] = Field(
+    pattern: Annotated[tuple[str, ...], listed(str)] = Field(
         (),
         validation_alias=AliasChoices("pattern", "mask_structure"),
         description="N:M: of every M neighbours in a row N are kept; one level for each, `2:4` or a list",

@@ -21,13 +21,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry, Task
-from layerwise.stages.compress.grid import check_finite
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
-from layerwise.stages.compress.recursion import inverse_factor
+from layerwise.stages.compress.recursion import check_layer, inverse_factor
+from layerwise.stages.quantities import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,12 +46,7 @@ between neighbouring columns gains."""
 class TrellisParams(MenuEntry):
     """Parameters of every method that codes on a trellis."""
 
-    bits: Annotated[
-        tuple[Annotated[float, Field(ge=1, le=4, multiple_of=0.125)], ...],
-        BeforeValidator(
-            lambda bits: bits if isinstance(bits, list | tuple) else (bits,), json_schema_input_type=float | list[float]
-        ),
-    ] = Field(
+    bits: Annotated[tuple[Annotated[float, Field(ge=1, le=4, multiple_of=0.125)], ...], listed(float)] = Field(
         min_length=1,
         validation_alias=AliasChoices("bits", "num_bits", "wbits"),
         description="bits per weight, one level for each; a number or a list of 1 to 4, in steps of an eighth",
@@ -142,13 +137,10 @@ def trellis(task: Task, params: Params) -> Mapping[str, list[Level]]:
     Source: QTIP, arXiv:2406.11235.
     """
     weight, H = task.weights[task.unit], task.statistic(task.unit, "hessian")
-    check_finite("weight", weight)
-    check_finite("Hessian", H)
+    check_layer(weight, H)
     dtype = working_dtype(weight.device)
     H = H.detach().to(dtype, copy=True)
     dead = H.diagonal() == 0
-    if dead.all():
-        raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
     W = weight.detach().to(dtype, copy=True)
     W[:, dead] = 0  # inputs that are always zero: their weights are free
     return {task.unit: coded(W, H, params, keep=task.keep.get(task.unit), damp_percent=params.damp_percent)}

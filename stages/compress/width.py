@@ -23,12 +23,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from layerwise.errors import NotFinite, UsageError
+from layerwise.errors import UsageError
 from layerwise.stages.compress import MenuEntry, Task
 from layerwise.stages.compress.gptq import Params as Rounding
 from layerwise.stages.models.channels import Channels, index
+from layerwise.stages.quantities import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,21 +39,14 @@ if TYPE_CHECKING:
 Half = Literal["attention", "mlp"]
 
 
-def _listed(value: object) -> object:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
 class Params(MenuEntry):
     """How much of which half-blocks is kept."""
 
     method: Literal["width"] = "width"
-    units: Annotated[tuple[Half, ...], BeforeValidator(_listed, json_schema_input_type=Half | list[Half])] = Field(
+    units: Annotated[tuple[Half, ...], listed(Half)] = Field(
         ("attention", "mlp"), min_length=1, description="attention, mlp: one of them or both"
     )
-    keep: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...],
-        BeforeValidator(_listed, json_schema_input_type=float | list[float]),
-    ] = Field(
+    keep: Annotated[tuple[Annotated[float, Field(gt=0)], ...], listed(float)] = Field(
         min_length=1,
         description="one level for each: below 1 the share of the heads or channels that is kept, rounded to what can "
         "be; from 1 on their number, of query heads in attention",
@@ -162,17 +156,14 @@ def width(task: Task, params: Params) -> Mapping[str, list[Level]]:
         NotFinite: a weight or the Hessian of the output projection is NaN or Inf, or the Hessian is zero.
         UsageError: a width that cannot be.
     """
-    from layerwise.stages.compress.grid import check_finite
+    from layerwise.stages.compress.recursion import check_layer
     from layerwise.stages.levels.parent import parent_level
 
     channels = task.channels
     assert channels is not None, "the scope of the method says so"
     hessian = task.statistic(channels.out, "hessian")
     for name in channels.units:
-        check_finite("weight", task.weights[name])
-    check_finite("Hessian", hessian)
-    if not hessian.diagonal().any():
-        raise NotFinite("the Hessian is zero: no calibration token reached this layer", hint="calibrate on more text")
+        check_layer(task.weights[name], hessian)
     order = saliency(task.weights[channels.out], hessian, channels).argsort(descending=True, stable=True).tolist()
     names = iter(params.level_names())
     found: dict[str, list[Level]] = {name: [] for name in (channels.half, *channels.units)}
