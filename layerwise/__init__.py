@@ -7,7 +7,10 @@ results store (`layerwise.results`) and the solver library (`layerwise.solvers`)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from layerwise.version import __version__ as __version__
 
 if TYPE_CHECKING:
     import os
@@ -17,8 +20,6 @@ if TYPE_CHECKING:
 
     from layerwise.results.opened import Results
     from layerwise.stages.levels.level import Level
-
-__version__ = "0.1.0"
 
 
 def load(path: str | os.PathLike[str], dtype: str = "float32") -> PreTrainedModel:
@@ -40,6 +41,48 @@ def load(path: str | os.PathLike[str], dtype: str = "float32") -> PreTrainedMode
     from layerwise.stages.export.native import load as load_native
 
     return load_native(Path(path), dtype).model
+
+
+def run(
+    workflow: str | os.PathLike[str] | Mapping[str, Any],
+    results: str | os.PathLike[str] = "layerwise-results",
+    *,
+    params: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    profile: str | None = None,
+    executor: Literal["ray", "inline"] = "inline",
+    address: str | None = None,
+) -> Results:
+    """Run a workflow, as `layerwise run` does; what is done already is not done again.
+
+    Args:
+        workflow: its file, or what would stand in one of the present folder.
+        results: the results folder, made if missing.
+        params: values of declared parameters, as of `-p`.
+        sets: `path.to.key=value`, as of `-s`.
+        profile: a block of the workflow's `profiles`.
+        executor: where the work runs: in this process, or on Ray.
+        address: of a running Ray cluster to work on, for `ray`.
+    Returns:
+        the results of the run, also if everything was found in the cache.
+    Raises:
+        WorkflowError: every mistake in the workflow, with its place.
+        LayerwiseError: a stage stopped; what was finished is kept, and the same call goes on.
+    """
+    from pathlib import Path
+
+    from layerwise.pipeline.commands.options import agree
+    from layerwise.pipeline.display import open_display
+    from layerwise.pipeline.runs.run import Run
+    from layerwise.pipeline.workflow import load_workflow
+    from layerwise.results.opened import Results
+
+    source = workflow if isinstance(workflow, Mapping) else Path(workflow)
+    loaded = load_workflow(source, params=params, sets=sets, profile=profile)
+    prepared = Run(loaded, Path(results), open_display())
+    agree(prepared.workflow)
+    prepared.execute(executor, ["layerwise.run"], address=address)
+    return Results.of(prepared.store, prepared.id)
 
 
 def open_results(results: str | os.PathLike[str] = "layerwise-results", run: str | None = None) -> Results:

@@ -9,11 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 import layerwise
-from layerwise.errors import NotFinite, UsageError
+from layerwise.errors import NotFinite, UsageError, WorkflowError
+from layerwise.pipeline.workflow.yaml12 import dump
 from layerwise.results.store import Store
 
 PAGE = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
 RUN = "run-a"
+DEMO = Path(__file__).parents[1] / "workflows" / "demo"
 
 
 @pytest.fixture
@@ -100,10 +102,35 @@ def test_what_does_not_fit_is_said() -> None:
         layerwise.compress_weight(weight * float("nan"), "rtn", bits=4)
 
 
+def test_a_workflow_that_a_script_made_is_the_one_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "heldout.txt").write_text("Once upon a time. " * 200)
+    workflow: dict[str, object] = {
+        "version": 1,
+        "name": "made",
+        "model": str(DEMO / "model"),
+        "data": {"heldout": {"text": "heldout.txt", "sequence_length": 16}},
+        "params": {"bits": [3, 4]},
+        "stages": {"levels": {"uses": "compress", "with": {"menu": [{"method": "rtn", "bits": "${{ params.bits }}"}]}}},
+    }
+    first = layerwise.run(workflow, "results")
+    (tmp_path / "made.yaml").write_text(dump(workflow))
+    assert layerwise.run("made.yaml", "results").run == first.run
+    other = layerwise.run(workflow, "results", params={"bits": [2]})
+    assert other.run != first.run
+    assert set(other.levels()["bits"].dropna()) == {2.0, 16.0}  # the second as it is
+    with pytest.raises(WorkflowError, match=r"workflow:.*unknown stage 'compres' \(did you mean 'compress'\?\)"):
+        layerwise.run({**workflow, "stages": {"levels": {"uses": "compres"}}}, "results")
+    with pytest.raises(UsageError, match="holds what YAML cannot say"):
+        layerwise.run({**workflow, "model": object()}, "results")
+
+
 def test_every_snippet_of_the_page_runs(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(store.root.parent)
+    Path("model").symlink_to(DEMO / "model")
+    Path("calibration.txt").write_text("Once upon a time. " * 200)
     snippets = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     assert snippets
     for snippet in snippets:

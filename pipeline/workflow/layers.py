@@ -12,13 +12,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from layerwise.errors import UsageError, WorkflowError
 from layerwise.pipeline.workflow.expressions import unresolved
 from layerwise.pipeline.workflow.fileformat import STAGE_KEYS, TOP_KEYS
 from layerwise.pipeline.workflow.limits import MAX_FILES, wrong_text
 from layerwise.pipeline.workflow.paths import expanded
 from layerwise.pipeline.workflow.report import Report, describe, nearest, suggest
-from layerwise.pipeline.workflow.yaml12 import KeyPath, Place, Tree, dotted, load_file, load_value, plant
+from layerwise.pipeline.workflow.yaml12 import (
+    KeyPath,
+    Place,
+    Tree,
+    dotted,
+    dump,
+    load_file,
+    load_text,
+    load_value,
+    plant,
+)
+
+MADE = "workflow"
+"""What errors call a workflow that stands in no file."""
 
 _NOT_FOR_SETTING = ("version", "extends", "profiles")
 
@@ -43,8 +58,29 @@ def read_files(path: Path, report: Report) -> Tree:
     return _read(path, report, ())
 
 
+def read_map(workflow: Mapping[str, Any], report: Report) -> Tree:
+    """The same of a workflow that a script made, as if it stood in a file of the present folder.
+
+    Raises:
+        UsageError: it holds what no YAML file can.
+        WorkflowError: a file that it extends is none.
+    """
+    file = Path(MADE).absolute()
+    try:
+        text = dump(dict(workflow))
+    except (yaml.YAMLError, TypeError) as error:
+        raise UsageError(
+            f"the workflow holds what YAML cannot say: {error}", hint="numbers, text, lists and maps"
+        ) from error
+    return _extended(load_text(text, str(file), report.mistakes), file, report, ())
+
+
 def _read(path: Path, report: Report, chain: tuple[Path, ...]) -> Tree:
-    tree = load_file(path, report.mistakes)
+    return _extended(load_file(path, report.mistakes), path, report, chain)
+
+
+def _extended(tree: Tree, path: Path, report: Report, chain: tuple[Path, ...]) -> Tree:
+    """A workflow laid over those that it extends."""
     if not isinstance(tree.value, dict):
         raise WorkflowError([tree.place.mistake(f"a workflow is a map, but this is {describe(tree.value)}")])
     if "extends" not in tree.value:

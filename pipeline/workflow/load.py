@@ -23,7 +23,7 @@ from layerwise.pipeline.workflow.entries import Catalogue, Draft, FindStage, rea
 from layerwise.pipeline.workflow.expressions import resolve
 from layerwise.pipeline.workflow.fileformat import VERSION, WorkflowFile
 from layerwise.pipeline.workflow.heldout import check_texts
-from layerwise.pipeline.workflow.layers import apply_params, apply_profile, apply_sets, read_files
+from layerwise.pipeline.workflow.layers import MADE, apply_params, apply_profile, apply_sets, read_files, read_map
 from layerwise.pipeline.workflow.mistakes import validate
 from layerwise.pipeline.workflow.placing import Asked, gpu_at_hand, place
 from layerwise.pipeline.workflow.report import Report, describe
@@ -110,7 +110,7 @@ def _resolved_resources(resources: Resources) -> dict[str, Any]:
 
 
 def load_workflow(
-    path: Path | str,
+    source: Path | str | Mapping[str, Any],
     *,
     params: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
@@ -120,7 +120,8 @@ def load_workflow(
     """Read and check a workflow file.
 
     Args:
-        path: of the file; relative paths inside it are relative to its folder.
+        source: the path of the file, whose relative paths are relative to its folder; or what would stand in one of the
+            present folder.
         params: values for declared parameters (`-p`), of their type or as text.
         sets: `path.to.key=value` (`-s`), any key of the format; a later one wins. A relative path given in `params` or
             `sets` is relative to the file's folder too, as if it stood there.
@@ -130,8 +131,12 @@ def load_workflow(
         UsageError: there is no such file.
         WorkflowError: all mistakes that were found, with file, line and column.
     """
-    path, report, catalogue = Path(path), Report(), Catalogue(find_stage)
-    tree = read_files(path, report)
+    report, catalogue = Report(), Catalogue(find_stage)
+    if isinstance(source, Mapping):
+        path, tree = Path(MADE), read_map(source, report)
+    else:
+        path = Path(source)
+        tree = read_files(path, report)
     _check_version(tree, report)
     tree = apply_profile(tree, profile, report)
     tree = apply_sets(tree, sets, report)

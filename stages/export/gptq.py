@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise import __version__
 from layerwise.stages.contract import ModelSource
 from layerwise.stages.export.held import PACKED
 from layerwise.stages.export.packed_folder import (
@@ -44,6 +43,7 @@ from layerwise.stages.export.packed_folder import (
 from layerwise.stages.export.shards import SHARD_BYTES, Layout
 from layerwise.stages.models.checkpoint import Checkpoint
 from layerwise.stages.models.network import Unit
+from layerwise.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
