@@ -43,23 +43,27 @@ WORKFLOWS = HERE.parent / "workflows"
 GROUP = 32
 DENSE = {"method": "dense"}
 BITS = {"method": "gptq", "bits": [2, 3, 4, 5, 6, 8], "group_size": GROUP}
-THEN = {"bits": [3, 4], "group_size": GROUP}
+SPARSE = {"method": "sparsegpt", "sparsity": [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]}
+FACTORS = {"method": "low_rank", "parameters": [0.1, 0.2, 0.3, 0.5, 0.7]}
+NARROW = [{"method": "width", "keep": [0.5]}, {"method": "width", "units": "mlp", "keep": [0.25, 0.75]}]
+DROP = {"method": "drop", "units": ["attention", "mlp", "block"]}
+THEN = {"then": {"bits": [2, 3, 4, 6], "group_size": GROUP}}
 KINDS: dict[str, list[dict[str, Any]]] = {
-    "bits": [BITS],
-    "sparsity": [{"method": "sparsegpt", "sparsity": [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]}, DENSE],
-    "rank": [{"method": "low_rank", "parameters": [0.1, 0.2, 0.3, 0.5, 0.7]}, DENSE],
-    "width": [{"method": "width", "keep": [0.5]}, {"method": "width", "units": "mlp", "keep": [0.25, 0.75]}, DENSE],
-    "depth": [{"method": "drop", "units": ["attention", "mlp", "block"]}, DENSE],
+    "bits": [BITS, DENSE],
+    "sparsity": [SPARSE, DENSE],
+    "rank": [FACTORS, DENSE],
+    "width": [*NARROW, DENSE],
+    "depth": [DROP, DENSE],
     "joint": [
         BITS,
-        {"method": "sparsegpt", "sparsity": [0.3, 0.5, 0.7], "then": THEN},
-        {"method": "low_rank", "parameters": [0.3, 0.5], "then": {"bits": [4, 8], "group_size": GROUP}},
-        {"method": "width", "keep": [0.5], "then": THEN},
-        {"method": "width", "units": "mlp", "keep": [0.25, 0.75], "then": THEN},
-        {"method": "drop", "units": ["attention", "mlp", "block"]},
+        SPARSE | THEN,
+        FACTORS | {"then": {"bits": [4, 8], "group_size": GROUP}},
+        *(entry | THEN for entry in NARROW),
+        DROP,
         DENSE,
     ],
 }
+"""A kind alone keeps what it leaves in 16 bits; the joint menu rounds it, too."""
 AND_BITS = ("sparsegpt", "low_rank", "width")
 """Methods whose levels in the joint menu are rounded, too."""
 SHARES = (0.05, 0.08, 0.12, 0.18, 0.25, 0.33)
@@ -90,11 +94,10 @@ def main() -> None:
         bench = Bench(model, arguments.results, arguments.seeds)
         for part in arguments.parts or list(TITLES):
             text = bench.bytes() if part == "bytes" else bench.pairs()
-            command = f"joint.py {part} --models {model} --seeds {arguments.seeds}"
             lines = [
                 f"# {TITLES[part]}: {model}",
                 "",
-                *header(command, ["layerwise", "torch", "transformers"]),
+                *header("joint.py", ["layerwise", "torch", "transformers"]),
                 "",
                 *text,
             ]
@@ -125,8 +128,9 @@ class Bench:
         found = {kind: self._searched(kind, {"bytes": budgets}) for kind in KINDS}
         singles = [kind for kind in KINDS if kind != "joint"]
         lines = [
-            f"Held-out KL to the dense model of {self._dense_bytes:,} bytes. `ilp` minimises the sum of the units' own "
-            "losses; `evolve` starts there and measures whole models.",
+            f"Held-out KL to the dense model of {self._dense_bytes:,} bytes. The integer program (`ilp`) minimises the "
+            "sum of the units' own losses. A kind alone keeps what it leaves in 16 bits, so that at small budgets few "
+            "or none of them are within reach, and the last column says little.",
             "",
         ]
         rows = []
@@ -142,8 +146,8 @@ class Bench:
                 rows.append([f"{budget:,}", _number(bits), _number(joint), _paired(joint, bits)])
             lines += [
                 "",
-                f"By evolutionary search, mean over {self._seeds} seeds with the standard error; the last column is "
-                "that of the differences of one seed.",
+                f"By evolutionary search from there, mean over {self._seeds} seeds with the standard error; the last "
+                "column is that of the differences of one seed.",
                 "",
                 *_table(["bytes", "bits evolve", "joint evolve", "joint - bits"], rows),
             ]
@@ -182,7 +186,7 @@ class Bench:
             losses = {"joint": _best(self._run("joint", "joint", menu, both, ["ilp"]))}
             for kind in chains:
                 sets = [f"params.first={json.dumps(KINDS[kind])}", f"params.flops={both['flops'][0]}"]
-                losses[kind] = _best(self._run("chain", kind, [BITS], budget, ["ilp"], sets=sets))
+                losses[kind] = _best(self._run("chain", kind, KINDS["bits"], budget, ["ilp"], sets=sets))
             ratio = _ratio(losses["joint"], [losses[kind] for kind in chains])
             rows.append([f"{of_bytes:.0%}", f"{of_flops:.0%}", *map(_number, losses.values()), ratio])
         names = ["joint", *(f"{kind}, then bits" for kind in chains)]
