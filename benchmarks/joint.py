@@ -242,9 +242,8 @@ class Bench:
             points = [
                 (b, min(mean(v) for (c, _), v in losses.items() if c == b)) for b in budgets if (b, "ilp") in losses
             ]
-            style: dict[str, Any] = (
-                {"color": "black", "linewidth": 2, "zorder": 3} if kind == "joint" else {"linewidth": 1.2}
-            )
+            below: dict[str, Any] = {"color": "black", "linewidth": 6, "alpha": 0.3, "zorder": 1}  # others stay visible
+            style = below if kind == "joint" else {"linewidth": 1.2}
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=kind, **style)
         axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="held-out KL to the dense model", title=self.model)
         axes.grid(alpha=0.3)
