@@ -37,6 +37,8 @@ bench: setup
 	$(BIN)/python benchmarks/menu.py
 	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/width.py
+	$(BIN)/python benchmarks/sparsity.py
+	$(BIN)/python benchmarks/joint.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/kernels.py
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from machine import header
-from menu import OVERRIDES, SHARED
+from machine import header, table
+from real_models import OVERRIDES, at_hand
 
 from layerwise.errors import InfeasibleBudget
 from layerwise.pipeline.display import open_display
@@ -87,10 +87,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=HERE.parent / "layerwise-results")
     arguments = parser.parse_args()
-    for model in arguments.models:
-        if model != "demo" and not SHARED.is_dir():
-            print(f"{model}: skipped, {SHARED} is not here", file=sys.stderr)
-            continue
+    for model in at_hand(arguments.models):
         bench = Bench(model, arguments.results, arguments.seeds)
         for part in arguments.parts or list(TITLES):
             text = bench.bytes() if part == "bytes" else bench.pairs()
@@ -138,7 +135,7 @@ class Bench:
             losses = {kind: found[kind].get((budget, "ilp"), []) for kind in KINDS}
             ratio = _ratio(losses["joint"], [losses[kind] for kind in singles])
             rows.append([f"{budget:,}", f"{share:.0%}", *map(_number, losses.values()), ratio])
-        lines += _table(["bytes", "share", *(f"{kind} ilp" for kind in KINDS), "joint / best single"], rows)
+        lines += table(["bytes", "share", *(f"{kind} ilp" for kind in KINDS), "joint / best single"], rows)
         if self._seeds:
             rows = []
             for budget in budgets:
@@ -149,7 +146,7 @@ class Bench:
                 f"By evolutionary search from there, mean over {self._seeds} seeds with the standard error; the last "
                 "column is that of the differences of one seed.",
                 "",
-                *_table(["bytes", "bits evolve", "joint evolve", "joint - bits"], rows),
+                *table(["bytes", "bits evolve", "joint evolve", "joint - bits"], rows),
             ]
         lines += ["", "What the joint allocations are made of (`ilp`):", "", *self._made_of, ""]
         self._plot(found, budgets)
@@ -194,7 +191,7 @@ class Bench:
             f"Shares of the dense model's {self._dense_bytes:,} bytes, and of its {flops:,.0f} FLOPs a token. Held-out "
             "KL, by the integer program over measured losses in every step.",
             "",
-            *_table(["bytes", "FLOPs", *names, "joint / best chain"], rows),
+            *table(["bytes", "FLOPs", *names, "joint / best chain"], rows),
         ]
 
     # --- runs ---
@@ -296,10 +293,6 @@ def _kind(level: str) -> str:
     """What a level's name says of its method; `kept` of a parent that is as it was."""
     method = {"keep": "kept"}.get(level, level.split("-", maxsplit=1)[0])
     return f"{method} and bits" if method in AND_BITS else method
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
 
 
 if __name__ == "__main__":

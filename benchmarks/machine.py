@@ -1,11 +1,12 @@
-"""The lines that every table of a benchmark begins with: when, where, with what, and how to print it again."""
+"""What pages of benchmarks have in common: the lines that they begin with (when, where, with what, how to print it
+again), and tables."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -22,3 +23,8 @@ def header(script: str, packages: Sequence[str], gpu: str = "no GPU") -> list[st
         f"- Python {platform.python_version()}, {versions}",
         f"- command: `{' '.join(['python', f'benchmarks/{script}', *arguments])}`",
     ]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]

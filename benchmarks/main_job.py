@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from machine import header
+from machine import header, table
+from real_models import OVERRIDES, at_hand
 
 from layerwise.pipeline.display import open_display
 from layerwise.pipeline.runs.run import Run
@@ -28,16 +29,7 @@ from layerwise.results.store import Store
 from layerwise.stages.compress import find_compressor
 
 HERE = Path(__file__).parent
-SHARED = HERE.parent.parent / "shared"
 WORKFLOW = HERE / "main_job.yaml"
-OVERRIDES: dict[str, list[str]] = {
-    "demo": [],
-    "stories260k": [
-        f"model={SHARED / 'models/stories260k'}",
-        f"data.calibration.text={SHARED / 'data/tinystories_calibration.txt'}",
-        f"data.heldout.text={SHARED / 'data/tinystories_heldout.txt'}",
-    ],
-}
 PROFILED = ("greedy", "ilp", "dp", "evolve-ilp")
 FAMILIES = ("uniform", "greedy", "ilp", "dp", "evolve-uniform", "evolve-ilp")
 
@@ -49,10 +41,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE.parent / "layerwise-results")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in `layerwise run -s`")
     arguments = parser.parse_args()
-    for model in arguments.models or list(OVERRIDES):
-        if model != "demo" and not SHARED.is_dir():
-            print(f"{model}: skipped, {SHARED} is not here", file=sys.stderr)
-            continue
+    for model in at_hand(arguments.models or OVERRIDES):
         settings = [*OVERRIDES[model], f"name=main-job-{model}", *arguments.set]
         workflow = load_workflow(WORKFLOW, sets=settings)
         run = Run(workflow, arguments.results, open_display())
@@ -135,21 +124,13 @@ def _of(rows: Sequence[dict[str, Any]], budget: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["budget"] == budget]
 
 
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(head)} |",
-        f"| {' | '.join('---' for _ in head)} |",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-
-
 def _kl_table(found: Searches, budgets: Sequence[str]) -> list[str]:
     def cell(family: str, budget: str) -> str:
         values = [fmean(row["sequences"]) for row in _of(found[family], budget)]
         spread = f" [{min(values):.4f}, {max(values):.4f}]" if len(values) > 1 else ""
         return f"{fmean(values):.4f}{spread}"
 
-    return _table(
+    return table(
         ["budget", *FAMILIES], ([budget, *(cell(family, budget) for family in FAMILIES)] for budget in budgets)
     )
 
@@ -164,7 +145,7 @@ def _pairs_table(found: Searches, budgets: Sequence[str]) -> list[str]:
         return f"{mean:+.5f} ± {stderr:.5f} {verdict}"
 
     others = [family for family in FAMILIES if family != "ilp"]
-    return _table(["budget", *others], ([budget, *(cell(family, budget) for family in others)] for budget in budgets))
+    return table(["budget", *others], ([budget, *(cell(family, budget) for family in others)] for budget in budgets))
 
 
 def _effort_table(found: Searches, budgets: Sequence[str]) -> list[str]:
@@ -177,7 +158,7 @@ def _effort_table(found: Searches, budgets: Sequence[str]) -> list[str]:
         yield f"{fmean(row['seconds'] for row in rows):.1f}"
 
     head = ["solver", "profile tokens", "search tokens per budget", "evaluations per budget", "seconds per budget"]
-    return _table(head, (list(cells(family)) for family in FAMILIES))
+    return table(head, (list(cells(family)) for family in FAMILIES))
 
 
 def _start_table(found: Searches, budgets: Sequence[str]) -> list[str]:
@@ -200,7 +181,7 @@ def _start_table(found: Searches, budgets: Sequence[str]) -> list[str]:
     )
     total = sum(map(len, found.values()))
     return [
-        *_table(["search", "ended above its start"], (list(cells(family)) for family in rows)),
+        *table(["search", "ended above its start"], (list(cells(family)) for family in rows)),
         "",
         f"Allocations above their budget: {over} of {total}.",
     ]
@@ -214,7 +195,7 @@ def _rounding_table(store: Store, run: str) -> list[str]:
         return {row["budget"]: metrics[row["candidate"]]["kl"]["mean"] for row in chosen}
 
     gptq, rtn = scores("gptq"), scores("rtn")
-    return _table(
+    return table(
         ["bits", "GPTQ", "round to nearest", "ratio"],
         (
             [bits.removeprefix("bits="), f"{gptq[bits]:.5f}", f"{rtn[bits]:.5f}", f"{gptq[bits] / rtn[bits]:.2f}"]

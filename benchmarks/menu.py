@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from machine import header
+from machine import header, table
+from real_models import OVERRIDES, at_hand
 
 from layerwise.pipeline.display import open_display
 from layerwise.pipeline.runs.run import Run
@@ -30,19 +30,10 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 WORKFLOWS = HERE.parent / "workflows"
-SHARED = HERE.parent.parent / "shared"
 PARTS = {
     "whole_file": (HERE / "whole_file.yaml", "The head and the embedding as units, and without them"),
     "joint": (WORKFLOWS / "joint.yaml", "Bits, depth and sparsity in one search"),
     "prune_then_quantize": (WORKFLOWS / "prune_then_quantize.yaml", "Prune, then quantize, beside quantization alone"),
-}
-OVERRIDES: dict[str, list[str]] = {
-    "demo": [],
-    "stories260k": [
-        f"model={SHARED / 'models/stories260k'}",
-        f"data.calibration.text={SHARED / 'data/tinystories_calibration.txt'}",
-        f"data.heldout.text={SHARED / 'data/tinystories_heldout.txt'}",
-    ],
 }
 SETS: dict[tuple[str, str], list[str]] = {
     ("prune_then_quantize", "stories260k"): ["params.bytes=[225000,240000,255000,270000,300000]"],
@@ -58,10 +49,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE.parent / "layerwise-results")
     arguments = parser.parse_args()
     for part in arguments.parts or list(PARTS):
-        for model in arguments.models:
-            if model != "demo" and not SHARED.is_dir():
-                print(f"{model}: skipped, {SHARED} is not here", file=sys.stderr)
-                continue
+        for model in at_hand(arguments.models):
             _report(part, model, arguments.results)
 
 
@@ -96,11 +84,7 @@ def _table(frame: pd.DataFrame) -> list[str]:
         + ["yes" if row["on_front"] else ""]
         for _, row in frame.iterrows()
     ]
-    return _markdown([*columns, "on front"], rows)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+    return table([*columns, "on front"], rows)
 
 
 def _levels(run: Run, frame: pd.DataFrame) -> list[str]:

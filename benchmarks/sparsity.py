@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import header
-from menu import OVERRIDES, SHARED
+from machine import header, table
+from real_models import OVERRIDES, at_hand
 
 from layerwise.pipeline.display import open_display
 from layerwise.pipeline.runs.run import Run
@@ -42,10 +42,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE.parent / "layerwise-results")
     arguments = parser.parse_args()
     for part in arguments.parts or list(PARTS):
-        for model in arguments.models:
-            if model != "demo" and not SHARED.is_dir():
-                print(f"{model}: skipped, {SHARED} is not here", file=sys.stderr)
-                continue
+        for model in at_hand(arguments.models):
             _report(part, model, arguments.results)
 
 
@@ -81,14 +78,20 @@ def _table(run: Run) -> list[str]:
             continue
         rows.append((row["budget"], kl["value"], named[row["stage_key"]], row, kl, perplexity))
     lines = [
-        f"| {row['budget']} | {stage} | {row['density']:.4f} | {row['effective_bits']:.3f} | {row['bytes']:,} "
-        f"| {kl['value']:.4f} ± {kl['stderr']:.4f} | {perplexity['value']:.2f} |"
+        [
+            row["budget"],
+            stage,
+            f"{row['density']:.4f}",
+            f"{row['effective_bits']:.3f}",
+            f"{row['bytes']:,}",
+            f"{kl['value']:.4f} ± {kl['stderr']:.4f}",
+            f"{perplexity['value']:.2f}",
+        ]
         for _, _, stage, row, kl, perplexity in sorted(rows, key=lambda entry: entry[:3])
     ]
+    head = ["budget", "allocation", "density", "effective bits", "bytes", "held-out KL", "held-out perplexity"]
     return [
-        "| budget | allocation | density | effective bits | bytes | held-out KL | held-out perplexity |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *lines,
+        *table(head, lines),
         "",
         f"The dense model has a held-out perplexity of {metrics['dense', 'perplexity']['value']:.2f}.",
     ]

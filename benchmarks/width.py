@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from machine import header
-from menu import OVERRIDES, SHARED
+from real_models import OVERRIDES, SHARED, at_hand
 
 from layerwise.kernels.timing import Sampling, time_cpu
 from layerwise.pipeline.display import open_display
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(OVERRIDES), default=list(OVERRIDES))
     parser.add_argument("--results", type=Path, default=HERE.parent / "layerwise-results")
     arguments = parser.parse_args()
-    models = [model for model in arguments.models if model == "demo" or SHARED.is_dir()]
+    models = list(at_hand(arguments.models))
     if "equal" in (arguments.parts or PARTS):
         with tempfile.TemporaryDirectory() as scratch:
             lines = [*_of_time(Path(scratch)), *_of_quality(Path(scratch), models)]

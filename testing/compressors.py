@@ -12,7 +12,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
@@ -279,13 +279,19 @@ def _demand_same(found: Mapping[str, list[Level]], expected: Mapping[str, list[L
 
 
 def _encoded(case: _Case) -> None:
+    for level in _said_right(case):
+        demand(level.bits <= level.effective_bits <= 8 * level.size_bytes / level.n_weights, "bits do not add up")
+
+
+def _said_right(case: _Case) -> Iterator[Level]:
+    """Its levels, which have the shape of their unit, name their method, and keep what their encoding promises."""
     task = case.task()
     for name, levels in case.run(task).items():
         for level in levels:
-            demand(level.shape == task.units[name].shape, f"level {level.name} is of {level.shape}")
+            demand(level.shape == task.units[name].shape, f"level {level.name} of {name} is of {level.shape}")
             demand(level.recipe["method"] == case.name, f"level {level.name} says method {level.recipe['method']}")
-            demand(level.bits <= level.effective_bits <= 8 * level.size_bytes / level.n_weights, "bits do not add up")
             keep_all(encoding_promises(level.recipe["encoding"], [level]))
+            yield level
 
 
 def _asks(case: _Case) -> None:
@@ -560,12 +566,7 @@ def _parents_encoded(case: _Case) -> None:
 
 
 def _half_encoded(case: _Case) -> None:
-    task = case.task()
-    for name, levels in case.run(task).items():
-        for level in levels:
-            demand(level.shape == task.units[name].shape, f"level {level.name} of {name} is of {level.shape}")
-            demand(level.recipe["method"] == case.name, f"level {level.name} says method {level.recipe['method']}")
-            keep_all(encoding_promises(level.recipe["encoding"], [level]))
+    demand(list(_said_right(case)), "it makes no levels")
 
 
 def _half_narrower(case: _Case) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +160,7 @@ class Hosts:
         """
         slot = self._loading.pop(ref)
         try:
-            with naming(name or "nothing"):
+            with naming(name) if name else nullcontext():
                 fetch(self._ray, ref)
         except self._ray.exceptions.RayError as error:
             self._ray.kill(slot.host)

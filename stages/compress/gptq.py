@@ -31,7 +31,7 @@ from pydantic import AliasChoices, Field, model_validator
 from layerwise.stages.compress import Task, rtn
 from layerwise.stages.compress.grid import StoredGridParams, dequantize, fit, grid_or_masked, quantize
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
-from layerwise.stages.compress.recursion import blocks, check_layer, inverse_factor, pass_on
+from layerwise.stages.compress.recursion import DampPercent, blocks, check_layer, inverse_factor, pass_on
 from layerwise.stages.levels.scales import WHOLE, Scales
 
 if TYPE_CHECKING:
@@ -51,13 +51,7 @@ class Params(StoredGridParams):
     """Grid, damping, order."""
 
     method: Literal["gptq"] = "gptq"
-    damp_percent: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        validation_alias=AliasChoices("damp_percent", "percdamp", "dampening_frac", "rel_damp"),
-        description="share of the Hessian's mean diagonal that is added to its diagonal",
-    )
+    damp_percent: DampPercent = 0.01
     desc_act: bool | Literal["static"] = Field(
         "static",
         validation_alias=AliasChoices("desc_act", "act_order"),

@@ -7,13 +7,26 @@ matrix products over halves, and beyond the block when the block is done. The su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AliasChoices, Field
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress.grid import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DampPercent = Annotated[
+    float,
+    Field(
+        gt=0,
+        lt=1,
+        validation_alias=AliasChoices("damp_percent", "percdamp", "dampening_frac", "rel_damp"),
+        description="share of the Hessian's mean diagonal that is added to its diagonal",
+    ),
+]
+"""A method's parameter of that name."""
 
 DAMP_STEP = 0.01
 LEAF = 8

@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import Task, magnitude
 from layerwise.stages.compress.grid import dequantize, fit, quantize
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
 from layerwise.stages.compress.pruning import Amount, PruningParams, Then, keep_pattern, least, lost, rounded_level
-from layerwise.stages.compress.recursion import blocks, check_layer, inverse_factor, pass_on
+from layerwise.stages.compress.recursion import DampPercent, blocks, check_layer, inverse_factor, pass_on
 from layerwise.stages.levels.index import spread_blocks
 
 if TYPE_CHECKING:
@@ -56,13 +56,7 @@ class Params(PruningParams):
     """How much is pruned, damping, blocks."""
 
     method: Literal["sparsegpt"] = "sparsegpt"
-    damp_percent: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        validation_alias=AliasChoices("damp_percent", "percdamp", "dampening_frac", "rel_damp"),
-        description="share of the Hessian's mean diagonal that is added to its diagonal",
-    )
+    damp_percent: DampPercent = 0.01
     block_size: int = Field(
         128, ge=1, description="columns whose mask is chosen at a time; N:M masks are chosen a group at a time"
     )

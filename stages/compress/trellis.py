@@ -26,7 +26,7 @@ from pydantic import AliasChoices, Field, field_validator
 from layerwise.errors import NotFinite
 from layerwise.stages.compress import MenuEntry, Task
 from layerwise.stages.compress.precision import precision_recipe, working_dtype
-from layerwise.stages.compress.recursion import check_layer, inverse_factor
+from layerwise.stages.compress.recursion import DampPercent, check_layer, inverse_factor
 from layerwise.stages.quantities import listed
 
 if TYPE_CHECKING:
@@ -102,13 +102,7 @@ class Params(TrellisParams):
     """Bits, states, tiles, scales, damping."""
 
     method: Literal["trellis"] = "trellis"
-    damp_percent: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        validation_alias=AliasChoices("damp_percent", "percdamp", "dampening_frac", "rel_damp"),
-        description="share of the Hessian's mean diagonal that is added to its diagonal",
-    )
+    damp_percent: DampPercent = 0.01
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 

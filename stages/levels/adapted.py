@@ -54,7 +54,7 @@ def with_adapter(level: Level, A: Tensor, B: Tensor, *, method: str, name: str |
     rank = len(tensors["A"])
     recipe = {"encoding": "adapted", "method": method, "rank": rank, "base_level": base.name, BASE: dict(base.recipe)}
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    tensors |= {f"{BASE}.{key}": tensor for key, tensor in base.tensors.items()}
+    tensors |= base.stored_as(BASE)
     return Level(name or f"{base.name}+r{rank}", recipe, level.shape, tensors)
 
 
@@ -62,9 +62,7 @@ def below(level: Level) -> Level:
     """The level below an adapter; of one that is not adapted, itself."""
     if level.recipe["encoding"] != "adapted":
         return level
-    prefix = f"{BASE}."
-    tensors = {key.removeprefix(prefix): tensor for key, tensor in level.tensors.items() if key.startswith(prefix)}
-    return Level(level.recipe["base_level"], level.recipe[BASE], level.shape, tensors)
+    return level.inside(BASE, level.recipe["base_level"], level.shape)
 
 
 def over(level: Level, base: Level) -> Level:

@@ -110,6 +110,16 @@ class Level:
             "depth": 0.0,
         }
 
+    def stored_as(self, key: str) -> dict[str, Tensor]:
+        """Its tensors as they stand inside another level, which has its recipe under that key."""
+        return {f"{key}.{name}": tensor for name, tensor in self.tensors.items()}
+
+    def inside(self, key: str, name: str, shape: tuple[int, int]) -> Level:
+        """A level that stands inside this one."""
+        prefix = f"{key}."
+        tensors = {own.removeprefix(prefix): tensor for own, tensor in self.tensors.items() if own.startswith(prefix)}
+        return Level(name, self.recipe[key], shape, tensors)
+
     @property
     def encoding(self) -> Encoding:
         """How it is stored."""

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
     from layerwise.kernels.packed import Packed
 
-FACTORS = ("A", "B")
-"""Keys of the recipes of the factors, and prefixes of their tensors."""
-
-KERNEL_DTYPES = ("float16", "bfloat16", "float32")
-
 
 def low_rank_level(name: str, recipe: Mapping[str, Any], A: Level, B: Level) -> Level:
     """Join two factors into a level.
@@ -38,11 +33,7 @@ def low_rank_level(name: str, recipe: Mapping[str, Any], A: Level, B: Level) -> 
     Raises:
         NotFinite: a value is not finite, or too large for its dtype.
     """
-    tensors = {
-        f"{key}.{part}": tensor
-        for key, factor in zip(FACTORS, (A, B), strict=True)
-        for part, tensor in factor.tensors.items()
-    }
+    tensors = A.stored_as("A") | B.stored_as("B")
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NotFinite(f"level {name}: {key} has NaN or Inf, or values too large for {tensor.dtype}")
@@ -54,16 +45,7 @@ def low_rank_level(name: str, recipe: Mapping[str, Any], A: Level, B: Level) -> 
 def factors_of(level: Level) -> tuple[Level, Level]:
     """A (r, in) and B (out, r) as levels."""
     (rows, columns), rank = level.shape, level.recipe["rank"]
-    shapes = {"A": (rank, columns), "B": (rows, rank)}
-
-    def factor(key: str) -> Level:
-        prefix = f"{key}."
-        tensors = {
-            part.removeprefix(prefix): tensor for part, tensor in level.tensors.items() if part.startswith(prefix)
-        }
-        return Level(f"{level.name}.{key}", level.recipe[key], shapes[key], tensors)
-
-    return factor("A"), factor("B")
+    return level.inside("A", f"{level.name}.A", (rank, columns)), level.inside("B", f"{level.name}.B", (rows, rank))
 
 
 class LowRank:
@@ -104,4 +86,4 @@ class LowRank:
 
 def _whole(recipe: Mapping[str, Any]) -> bool:
     """Whether both factors are stored as they are."""
-    return all(recipe[key]["encoding"] == "dense" for key in FACTORS)
+    return all(recipe[key]["encoding"] == "dense" for key in ("A", "B"))

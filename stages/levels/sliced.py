@@ -65,7 +65,7 @@ def sliced_level(
         BASE: dict(base.recipe),
     }
     device = next(iter(base.tensors.values())).device
-    tensors = {"groups": pack_mask(mask).to(device)} | {f"{BASE}.{key}": value for key, value in base.tensors.items()}
+    tensors = {"groups": pack_mask(mask).to(device)} | base.stored_as(BASE)
     return Level(name, recipe, shape, tensors)
 
 
@@ -99,10 +99,8 @@ def kept_weights(level: Level) -> Tensor:
 
 def kept_part(level: Level) -> Level:
     """The level of the kept part."""
-    prefix = f"{BASE}."
-    tensors = {key.removeprefix(prefix): tensor for key, tensor in level.tensors.items() if key.startswith(prefix)}
     rows, columns = kept_places(level)
-    return Level(level.recipe["base_level"], level.recipe[BASE], (len(rows), len(columns)), tensors)
+    return level.inside(BASE, level.recipe["base_level"], (len(rows), len(columns)))
 
 
 class Sliced:

@@ -15,6 +15,7 @@ Sources: ERK, arXiv:1911.11134, section 3; OWL, arXiv:2310.05175, section 3.2.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from layerwise.stages.levels.database import LevelEntry, UnitEntry
@@ -24,9 +25,6 @@ LAMBDA = 0.08
 
 STEEPNESS = 20.0
 """s: large, so that the rule counts for more than filling the budget; exp(s) is still a number for solvers."""
-
-OUTLIER = 5.0
-"""OWL's M: an outlier is so many times as large as the mean of its layer."""
 
 
 def erk_losses(units: Sequence[UnitEntry]) -> list[list[float | None]]:
@@ -39,18 +37,23 @@ def erk_losses(units: Sequence[UnitEntry]) -> list[list[float | None]]:
     return _losses(units, loss)
 
 
-def owl_losses(units: Sequence[UnitEntry], outliers: Mapping[str, float]) -> list[list[float | None]]:
+def owl_losses(units: Sequence[UnitEntry], outliers: Mapping[str, tuple[int, int]]) -> list[list[float | None]]:
     """OWL's loss of every level of every unit; None of those that are of no weight.
 
     Args:
-        units: the units.
-        outliers: by unit, the share of outliers in its layer, r.
+        units: the units. Those of a block are a layer of the paper.
+        outliers: by unit, how many of its weights are outliers, and how many it has.
     """
-    least, most = min(outliers.values(), default=0.0), max(outliers.values(), default=0.0)
+    found: defaultdict[int | None, list[tuple[int, int]]] = defaultdict(list)
+    for unit in units:
+        if unit.name in outliers:
+            found[unit.unit.block].append(outliers[unit.name])
+    r = {layer: sum(n for n, _ in counts) / sum(n for _, n in counts) for layer, counts in found.items()}
+    least, most = min(r.values(), default=0.0), max(r.values(), default=0.0)
     scale = 2 * LAMBDA / (most - least) if most > least else 0.0
 
     def loss(unit: UnitEntry, d: float) -> float:
-        t = scale * (outliers[unit.name] - least)
+        t = scale * (r[unit.unit.block] - least)
         return _weights(unit) * math.exp(-STEEPNESS * (d - t)) / STEEPNESS
 
     return _losses(units, loss)

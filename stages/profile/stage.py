@@ -10,22 +10,20 @@ forward passes suggests.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from layerwise.errors import NotFinite
-from layerwise.stages.calibrate.statistics import Statistics
 from layerwise.stages.contract import Context, Params, Port, Row, Stage, always
 from layerwise.stages.data.text import Tokens, tokenized
 from layerwise.stages.evaluate.scoring import Measurement, Pool, Request, evaluator_factory
 from layerwise.stages.levels.database import UNCHANGED, Database, DatabaseIndex, LevelEntry, UnitEntry
-from layerwise.stages.profile.densities import OUTLIER, erk_losses, owl_losses
+from layerwise.stages.profile.densities import erk_losses, owl_losses
 from layerwise.stages.profile.influence import measure_influence
+from layerwise.stages.profile.pruned import lamp_losses, outliers
 from layerwise.stages.quantities import Count
 
 Metric = Literal["weight_nmse", "output_error", "kl", "influence", "erk", "lamp", "owl"]
@@ -97,45 +95,18 @@ def _measure(
 
 
 def _of_weights(context: Context, metric: Metric, units: list[UnitEntry]) -> Table:
-    """LAMP's or OWL's losses, for which each unit is looked at on a worker."""
-    weights = [unit for unit in units if not unit.unit.is_parent]
-    names = [unit.name for unit in weights]
-    database = Database(context.input("database"), context.model)
+    """LAMP's or OWL's losses, for which each weight is looked at on a worker."""
+    names = [unit.name for unit in units if not unit.unit.is_parent]
+    database, keys = Database(context.input("database"), context.model), [f"{metric}-{name}" for name in names]
     if metric == "lamp":
-        found = context.executor.map(partial(_lamp, database=database), names, keys=[f"lamp-{name}" for name in names])
-        by_unit = dict(zip(names, found, strict=True))
-        nothing: list[list[float | None]] = [by_unit.get(unit.name, [None] * len(unit.levels)) for unit in units]
-        return [[{"mean": loss} for loss in losses] for losses in nothing]
-    statistics = Statistics(context.input("statistics"))
-    work = partial(_outliers, database=database, statistics=statistics.folder)
-    counts = context.executor.map(work, names, keys=[f"owl-{name}" for name in names])
-    layers: dict[int | None, list[tuple[float, int]]] = defaultdict(list)
-    for unit, count in zip(weights, counts, strict=True):
-        layers[unit.unit.block].append(count)
-    share = {block: sum(n for n, _ in parts) / sum(n for _, n in parts) for block, parts in layers.items()}
-    losses = owl_losses(units, {unit.name: share[unit.unit.block] for unit in weights})
-    return [[{"mean": loss} for loss in losses_of] for losses_of in losses]
-
-
-def _lamp(name: str, *, database: Database) -> list[float | None]:
-    from layerwise.stages.profile.pruned import lamp_loss
-
-    unit = database.index.by_name[name]
-    weight = database.level(name, unit.levels[UNCHANGED].name).decode()
-    return [
-        lamp_loss(weight, database.level(name, level.name).decode() == 0) if level.usable else None
-        for level in unit.levels
-    ]
-
-
-def _outliers(name: str, *, database: Database, statistics: Path) -> tuple[float, int]:
-    from layerwise.stages.profile.pruned import outlier_share
-
-    unit, gathered = database.index.by_name[name], Statistics(statistics)
-    squares = gathered.tensor(unit.unit, "hessian").double().diagonal(dim1=-2, dim2=-1)
-    weight = database.level(name, unit.levels[UNCHANGED].name).decode()
-    norms = squares.sqrt().reshape(-1, weight.shape[1])  # of a convolution in groups, one row for each
-    return outlier_share(weight, norms.repeat_interleave(len(weight) // len(norms), dim=0), OUTLIER)
+        lamp = context.executor.map(partial(lamp_losses, database=database), names, keys=keys)
+        by_unit = dict(zip(names, lamp, strict=True))
+        losses = [by_unit.get(unit.name, [None] * len(unit.levels)) for unit in units]
+    else:
+        work = partial(outliers, database=database, statistics=context.input("statistics"))
+        counts = context.executor.map(work, names, keys=keys)
+        losses = owl_losses(units, dict(zip(names, counts, strict=True)))
+    return [[{"mean": loss} for loss in of_unit] for of_unit in losses]
 
 
 def _missing(

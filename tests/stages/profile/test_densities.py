@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from layerwise.solvers import Problem, ilp
 from layerwise.stages.levels.database import LevelEntry, UnitEntry
 from layerwise.stages.profile.densities import LAMBDA, erk_losses, owl_losses
-from layerwise.stages.profile.pruned import lamp_loss, outlier_share
+from layerwise.stages.profile.pruned import count_outliers, lamp_loss
 from layerwise.testing.statistics import example_unit
 
 STEP = 0.01
@@ -29,7 +29,7 @@ def units() -> list[UnitEntry]:
     """Units with a level for every percent of density."""
     found = []
     for number, shape in enumerate(SHAPES):
-        unit = replace(example_unit(*shape), name=f"unit-{number}")
+        unit = replace(example_unit(*shape), name=f"unit-{number}", block=number)
         levels = [LevelEntry(f"{d:.2f}", {}, {"parameters": d * shape[0] * shape[1]}) for d in DENSITIES]
         found.append(UnitEntry(unit, None, tuple(levels)))
     return found
@@ -62,7 +62,8 @@ def test_owl_spreads_densities_by_the_share_of_outliers(density: float) -> None:
     shares = np.array([0.01, 0.05, 0.02, 0.09, 0.03])
     scaled = (shares - shares.min()) / (shares.max() - shares.min()) * LAMBDA * 2  # the published lines
     expected = scaled - (scaled * SIZES).sum() / SIZES.sum() + density
-    found = solved(owl_losses(units(), dict(zip([f"unit-{n}" for n in range(5)], shares, strict=True))), density)
+    counts = {f"unit-{n}": (round(10_000 * share), 10_000) for n, share in enumerate(shares)}
+    found = solved(owl_losses(units(), counts), density)
     assert np.abs(found - expected).max() <= NEAR
     assert found.max() - found.min() == pytest.approx(2 * LAMBDA, abs=NEAR)
 
@@ -90,7 +91,7 @@ def test_lamp_scores_are_those_of_the_paper_and_a_threshold_on_all_of_them_has_t
 def test_outliers_are_weights_whose_inputs_make_them_large() -> None:
     weight, norms = torch.ones(2, 10), torch.ones(2, 10)
     norms[:, 3] = 100.0
-    assert outlier_share(weight, norms, 5.0) == (2.0, 20)
+    assert count_outliers(weight, norms) == 2
 
 
 def test_the_rules_are_measured_and_followed_by_a_search(
